@@ -1,0 +1,26 @@
+"""One attention call for diffusion transformers, many kernels behind it, none lost under torch.compile.
+
+Importing this package registers every operator; it imports no kernel library and touches no device.
+"""
+
+from . import ops as ops
+from .checks import set_checks
+from .compilation import checkpoint_context_fn, compile, precompile
+from .dispatch import (
+    attention,
+    attention_with_lse,
+    dispatch_attention_fn,
+    explain,
+    varlen_attention,
+    varlen_attention_with_lse,
+    why_not,
+)
+from .registry import Backend, backend_info, list_backends, register_backend
+from .state import (
+    AttentionBackendMixin,
+    active_backend,
+    attention_backend,
+    reset_attention_backend,
+    set_attention_backend,
+    set_default_backend,
+)

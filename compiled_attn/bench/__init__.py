@@ -1,0 +1,1 @@
+"""Measuring: overhead of a call, and tables of results."""

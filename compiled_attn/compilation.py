@@ -1,0 +1,133 @@
+"""torch.compile with what many backends need: a recompile limit that fits, all graphs up front, checkpointing."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from . import registry
+from .state import attention_backend, pin_of, recompute, set_attention_backend
+
+# torch's own limit is 8 graphs for each function; there are more backends than that.
+RECOMPILE_LIMIT = 64
+_TAG = "compiled_attn="
+
+
+def compile(model: Any = None, **options: Any) -> Any:
+    """``torch.compile`` whose recompile limit leaves room for a graph of every backend.
+
+    Takes the options of ``torch.compile``; ``recompile_limit`` defaults to 64 instead of 8, past which
+    ``fullgraph=True`` fails and other calls silently run uncompiled. Also works as a decorator.
+
+    >>> import torch, compiled_attn
+    >>> model = compiled_attn.compile(torch.nn.Linear(2, 2), fullgraph=True, backend="eager")
+    >>> model(torch.ones(1, 2)).shape
+    torch.Size([1, 2])
+    """
+    if model is None:
+        return functools.partial(compile, **options)
+    mark_caches()
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return torch.compile(model, **{"recompile_limit": RECOMPILE_LIMIT, **options})
+    # Before torch had the keyword the limit was the process's alone. Raised, never lowered.
+    limit = options.pop("recompile_limit", RECOMPILE_LIMIT)
+    torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
+    return torch.compile(model, **options)
+
+
+def precompile(model: Any, backends: Iterable[str], *args: Any, **kwargs: Any) -> None:
+    """Run ``model(*args, **kwargs)`` once under each backend, so that no later swap among them compiles.
+
+    ``model`` is a compiled module or function. If the module is pinned, its pin takes each name in turn and is put
+    back; otherwise contexts do, which serve contexts and defaults alike. Shows a progress bar on stderr. Gradients are
+    not touched; call it under the grad mode that the later calls will have, as torch compiles one graph for each.
+
+    Raises ValueError for an unknown name and NotImplementedError for a backend that cannot run in this process,
+    both before anything is compiled.
+
+    >>> import torch, compiled_attn
+    >>> def block(x):
+    ...     return compiled_attn.attention(x, x, x)
+    >>> compiled = compiled_attn.compile(block, fullgraph=True, backend="eager")
+    >>> compiled_attn.precompile(compiled, ["native", "_native_math"], torch.randn(1, 8, 2, 16))
+    """
+    names = [registry.usable(name) for name in backends]
+    pinned = pin_of(model) if isinstance(model, nn.Module) else None
+    try:
+        for name in (progress := tqdm(names, desc="precompile", unit="backend")):
+            progress.set_postfix_str(name)
+            if pinned is None:
+                with attention_backend(name):
+                    model(*args, **kwargs)
+            else:
+                set_attention_backend(model, name)
+                model(*args, **kwargs)
+    finally:
+        if pinned is not None:
+            set_attention_backend(model, pinned)
+
+
+def checkpoint_context_fn() -> tuple[Any, Any]:
+    """``context_fn`` for ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``.
+
+    Eager: the recomputation, which happens inside backward and outside every ``with`` of the forward, runs the backend
+    that the forward ran. Compiled: a selective-checkpoint policy that keeps the outputs of ``switch`` instead of
+    recomputing it, as it could not know its backend; all else is recomputed.
+
+    >>> import torch, compiled_attn
+    >>> from torch.utils.checkpoint import checkpoint
+    >>> def block(x):
+    ...     return compiled_attn.attention(x, x, x)
+    >>> x = torch.randn(1, 8, 2, 16, requires_grad=True)
+    >>> with compiled_attn.attention_backend("_native_math"):
+    ...     out = checkpoint(block, x, use_reentrant=False, context_fn=compiled_attn.checkpoint_context_fn)
+    >>> out.sum().backward()
+    """
+    if torch.compiler.is_compiling():
+        from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+        return create_selective_checkpoint_contexts(_policy)
+    return contextlib.nullcontext(), recompute()
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    runtime = (torch.ops.compiled_attn.switch.v1, torch.ops.compiled_attn.switch_varlen.v1)
+    return CheckpointPolicy.MUST_SAVE if op in runtime else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """Hash of this package's sources: what we decide inside a graph is not in the keys of PyTorch's caches."""
+    digest = hashlib.sha256()
+    root = pathlib.Path(__file__).parent
+    for folder in (root, root / "ops"):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def mark_caches() -> None:
+    """Put our fingerprint into the key of PyTorch's on-disk compile caches, beside what the user has there.
+
+    Without it a warm cache runs old code after an upgrade (reproduced on torch 2.13: pytorch #144344, #160472). Done at
+    import, and again by ``compile`` and ``package``, in case the key was assigned in between.
+    """
+    config = torch.compiler.config
+    parts = [part for part in config.cache_key_tag.split(";") if part and not part.startswith(_TAG)]
+    wanted = ";".join([*parts, _TAG + _fingerprint()])
+    if config.cache_key_tag != wanted:
+        config.cache_key_tag = wanted
+
+
+mark_caches()

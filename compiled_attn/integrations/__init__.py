@@ -1,0 +1,1 @@
+"""compiled_attn for the libraries of others."""

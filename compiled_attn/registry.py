@@ -1,0 +1,224 @@
+"""The backends: one record each, registered by the file in ``ops/`` that holds its kernels.
+
+Nothing here knows a backend by name, except that the process falls back to :data:`DEFAULT` when nobody chose.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import operators
+from .operators import Kernels
+from .spec import Call, Limits, mistakes, reasons, report
+
+DEFAULT = "native"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A distribution a backend needs: ``module`` must be importable and at least version ``minimum``."""
+
+    module: str
+    distribution: str
+    minimum: str | None = None
+    install: str = ""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One attention backend, as given to :func:`register_backend`.
+
+    ``dense`` and ``varlen`` are its kernels for :func:`compiled_attn.attention` and
+    :func:`compiled_attn.varlen_attention` (None: it refuses such calls), ``limits`` and ``varlen_limits`` what
+    they take, one entry for each group of device types. ``packages`` are needed beside PyTorch;
+    ``available`` returns reasons why the backend cannot run in this process at all (a torch too old, say).
+
+    ``traced(q, k, v, mask, key_padding, dropout_p, causal, scale, gqa, window, deterministic, return_lse)``
+    returns ``(out, lse)`` and, where ``takes_traced(call)`` is true, is called instead of the operator: for what
+    cannot be an operator's argument, such as a BlockMask. ``mask`` is then whatever the caller gave.
+
+    ``delegate`` names the backend that serves a call at run time (used by ``switch``, whose backward must know).
+    """
+
+    name: str
+    summary: str
+    limits: tuple[Limits, ...] = ()
+    dense: Kernels | None = None
+    varlen_limits: tuple[Limits, ...] = ()
+    varlen: Kernels | None = None
+    family: str = "third party"
+    packages: tuple[Package, ...] = ()
+    available: Callable[[], list[str]] | None = None
+    traced: Callable[..., Any] | None = None
+    takes_traced: Callable[[Call], bool] | None = None
+    delegate: Callable[..., str] | None = None
+    switchable: bool = True
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered backend with its operators."""
+
+    backend: Backend
+    number: int
+    op: torch._ops.OpOverload | None = None
+    varlen_op: torch._ops.OpOverload | None = None
+    # What eager calls of a composite backend run. Its operator would dissolve into the same aten calls, after
+    # 4 us of boxing and three outputs where one is wanted (15.7 against 9.8 us for SDPA with transposes).
+    eager: Callable[..., Any] | None = None
+    eager_varlen: Callable[..., Any] | None = None
+
+
+BACKENDS: dict[str, Entry] = {}
+
+# Keys of eager calls that passed every static check: the rules cost 10 us a call, finding a known call under 1 us.
+served: set[Hashable] = set()
+_SERVED_AT_MOST = 4096
+
+# Checks of values are added to every call while this is true; compiled_attn.set_checks writes it.
+checks_enabled = False
+
+
+def register_backend(backend: Backend) -> None:
+    """Register ``backend`` under ``backend.name`` and define its operators.
+
+    Raises ValueError when the name is taken, is no identifier, or kernels and limits do not go together.
+    A worked example is in ``docs/backends.md``.
+    """
+    name = backend.name
+    found = []
+    if not name.isidentifier():
+        found.append("the name is not an identifier; operators need one")
+    if name in BACKENDS:
+        found.append("the name is taken; list_backends() has all names")
+    if name.endswith(("_backward", "_varlen_varlen")):
+        found.append("the name ends like an operator that backends get by themselves")
+    if backend.dense is None and backend.varlen is None:
+        found.append("it has neither dense nor varlen kernels")
+    for which, kernels, limits in (
+        ("dense", backend.dense, backend.limits),
+        ("varlen", backend.varlen, backend.varlen_limits),
+    ):
+        if (kernels is None) != (not limits):
+            found.append(f"{which} kernels and {which} limits must be given together")
+        elif kernels is not None and kernels.backward is None and not kernels.composite:
+            if any(limit.gradient for limit in limits):
+                found.append(f"{which} limits promise a gradient, the kernels have no backward")
+    if found:
+        raise ValueError(report(f"cannot register backend {name!r}:", found))
+    dense, varlen = backend.dense, backend.varlen
+    BACKENDS[name] = Entry(
+        backend,
+        number=len(BACKENDS),
+        op=operators.define(name, dense) if dense else None,
+        varlen_op=operators.define(name, varlen, varlen=True) if varlen else None,
+        eager=dense.forward if dense and dense.composite else None,
+        eager_varlen=varlen.forward if varlen and varlen.composite else None,
+    )
+
+
+def list_backends() -> list[str]:
+    """The names of all registered backends, runnable here or not, in the order of registration."""
+    return list(BACKENDS)
+
+
+def unknown(name: object, origin: str = "") -> ValueError:
+    """The error for a name that is no backend, with the nearest one."""
+    known = list_backends()
+    text = f"unknown attention backend {name!r}{origin}"
+    if isinstance(name, str):
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+        if near:
+            text += f"; did you mean {near[0]!r}?"
+    return ValueError(
+        f"{text} Known: {', '.join(known)}" if text.endswith("?") else f"{text}; known: {', '.join(known)}"
+    )
+
+
+def find(name: str, origin: str = "") -> Entry:
+    """The entry called ``name``; raises ValueError with the nearest name."""
+    entry = BACKENDS.get(name)
+    if entry is None:
+        raise unknown(name, origin)
+    return entry
+
+
+def usable(name: str) -> str:
+    """``name`` if that backend exists and its packages are there; otherwise raise with all reasons.
+
+    For the places where a backend is *set*: eager, so that it may look at packages and import.
+    """
+    entry = find(name)
+    found = unavailable(name)
+    if found:
+        raise NotImplementedError(report(f"backend {name!r} cannot run here:", found))
+    return entry.backend.name
+
+
+def unavailable(name: str) -> list[str]:
+    """Every reason why backend ``name`` cannot run in this process; empty when it can."""
+    backend = find(name).backend
+    found: list[str] = []
+    for package in backend.packages:
+        found += _missing(package)
+    if backend.available is not None:
+        found += backend.available()
+    return found
+
+
+def _missing(package: Package) -> list[str]:
+    fix = f"; {package.install}" if package.install else f"; pip install {package.distribution}"
+    if importlib.util.find_spec(package.module.split(".")[0]) is None:
+        return [f"module {package.module!r} is not installed{fix}"]
+    if package.minimum is not None:
+        try:
+            version = importlib.metadata.version(package.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return [f"module {package.module!r} is there, but not from {package.distribution!r}{fix}"]
+        if torch.torch_version.TorchVersion(version) < package.minimum:
+            return [f"{package.distribution} {version} is older than {package.minimum}{fix}"]
+    return []
+
+
+def backend_info(name: str) -> Backend:
+    """The record of backend ``name``: its summary, limits, packages. Raises ValueError for an unknown name."""
+    return find(name).backend
+
+
+def refusal(entry: Entry, call: Call) -> list[str]:
+    """Every reason why ``entry`` cannot serve ``call``."""
+    backend = entry.backend
+    if call.varlen:
+        if backend.varlen is None:
+            return ["has no varlen kernel"]
+        return reasons(backend.varlen_limits, call)
+    if backend.dense is None:
+        return ["has no dense kernel"]
+    return reasons(backend.limits, call)
+
+
+def check(entry: Entry, call: Call) -> None:
+    """Raise ValueError if ``call`` makes no sense, NotImplementedError if ``entry`` cannot serve it."""
+    wrong = mistakes(call)
+    if wrong:
+        raise ValueError(report("attention call makes no sense:", wrong))
+    found = refusal(entry, call)
+    if found:
+        raise NotImplementedError(
+            report(f"backend '{entry.backend.name}' cannot run this call:", found)
+            + "\n  compiled_attn.explain(...) shows which backends can"
+        )
+
+
+def remember(seen: Hashable) -> None:
+    """Note that an eager call passed its checks; ``seen`` holds everything the rules looked at."""
+    if len(served) >= _SERVED_AT_MOST:
+        served.clear()
+    served.add(seen)

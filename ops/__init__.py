@@ -1,0 +1,10 @@
+"""The backends: one file for each family. Importing this package registers them all.
+
+Files import torch alone; a kernel library is imported by the first call that needs it.
+"""
+
+if __name__ != "compiled_attn.ops":
+    raise ImportError("import compiled_attn.ops: imported as 'ops', it would define every operator twice")
+
+from . import native as native
+from . import switch as switch

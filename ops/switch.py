@@ -1,0 +1,159 @@
+"""`switch`: one operator that looks its backend up when it runs.
+
+A model compiled with it has one graph for all backends; so has a loaded ``.pt2``. What runs is the backend of the
+calling thread's context, else the process default. ``state``, an int64 CPU tensor, tells backward what ran: backward
+may run in another thread, under another context.
+
+Where looking up late would be wrong without a word, it raises: while a CUDA graph is captured (the replay would keep
+today's kernel; the tag ``cudagraph_unsafe`` makes Inductor cut its graphs round it) and when its forward is recomputed
+inside backward, unless ``compiled_attn.checkpoint_context_fn`` brings the backend back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_attn import registry
+from compiled_attn.operators import Kernels
+from compiled_attn.registry import Backend, Entry, register_backend
+from compiled_attn.spec import ALIGN_LOWER_RIGHT, CAUSAL, LOWER_RIGHT, UPPER_LEFT, Call, Limits, report
+from compiled_attn.state import slot
+
+
+def _active(q: Tensor) -> Entry:
+    here = slot()
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "backend 'switch' was called while a CUDA graph is captured: every replay would run the kernel chosen now. "
+            "Name a backend for captured code, or let torch.compile(mode='reduce-overhead') cut its graphs round it"
+        )
+    if torch._C._current_graph_task_id() != -1 and not here.recompute:
+        raise RuntimeError(
+            "backend 'switch' was recomputed inside backward (activation checkpointing), where the context of its "
+            "forward is gone. Pass context_fn=compiled_attn.checkpoint_context_fn to checkpoint(..., "
+            "use_reentrant=False), or name a backend"
+        )
+    return registry.find(here.runtime)
+
+
+def _check(entry: Entry, tensors: tuple[Tensor, ...], kind: str, options: tuple[Any, ...], gradient: bool) -> None:
+    """Refuse what the backend found at run time cannot serve; calls seen before pass at once."""
+    q, k, v = tensors
+    dropout_p, causal, _, gqa, window, deterministic, return_lse = options
+    window = None if window is None else tuple(window)
+    facts = (kind, dropout_p, causal, gqa, window, deterministic, return_lse, gradient)
+    process = torch.are_deterministic_algorithms_enabled()
+    seen = ("switch", entry.number, q.shape, k.shape, v.shape, q.dtype, q.device, facts, process)
+    if seen in registry.served:
+        return
+    call = Call(
+        query=tuple(q.shape),
+        key=tuple(k.shape),
+        value=tuple(v.shape),
+        dtypes=(q.dtype, k.dtype, v.dtype),
+        devices=(q.device.type, k.device.type, v.device.type),
+        capability=torch.cuda.get_device_capability(q.device) if q.is_cuda else None,
+        mask=kind,
+        causal=bool(causal & CAUSAL),
+        alignment=LOWER_RIGHT if causal & ALIGN_LOWER_RIGHT else UPPER_LEFT,
+        gqa=gqa,
+        window=window,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        globally_deterministic=process,
+        lse=return_lse,
+        gradient=gradient,
+        varlen=q.dim() == 3,
+    )
+    found = registry.unavailable(entry.backend.name) + registry.refusal(entry, call)
+    if found:
+        raise NotImplementedError(report(f"backend '{entry.backend.name}', active when 'switch' ran, cannot:", found))
+    registry.remember(seen)
+
+
+def _kind(mask: Tensor | None, key_padding: Tensor | None) -> str:
+    if mask is None:
+        return "none" if key_padding is None else "key_padding"
+    return "bool" if mask.dtype == torch.bool else "float"
+
+
+_DENSE_OPTIONS = (0.0, 0, None, False, None, False, False)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, key_padding: Any = None, *rest: Any) -> Any:
+    options = (*rest, *_DENSE_OPTIONS[len(rest) :])
+    entry = _active(q)
+    _check(entry, (q, k, v), _kind(mask, key_padding), options, False)
+    if entry.backend.delegate is not None:
+        causal, scale, window = options[1], options[2], options[4]
+        entry = registry.find(entry.backend.delegate(q, k, v, mask, key_padding, causal, scale, window))
+    assert entry.backend.dense is not None
+    out, lse, _ = entry.backend.dense.forward(q, k, v, mask, key_padding, *options)
+    return out, lse if options[-1] else None, torch.tensor([entry.number])
+
+
+def _varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_q: int, max_k: int, *rest: Any
+) -> Any:
+    options = (*rest, *_DENSE_OPTIONS[len(rest) :])
+    entry = _active(q)
+    _check(entry, (q, k, v), "none", options, False)
+    assert entry.backend.varlen is not None
+    out, lse, _ = entry.backend.varlen.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *options)
+    return out, lse if options[-1] else None, torch.tensor([entry.number])
+
+
+def _ran(state: Tensor) -> Entry:
+    return list(registry.BACKENDS.values())[int(state[0])]
+
+
+def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, key_padding: Any, *rest: Any) -> Any:
+    out, lse, state, *options, mask_gradient = rest
+    entry = _ran(state)
+    _check(entry, (q, k, v), _kind(mask, key_padding), (*options, True), True)
+    if mask_gradient and not any(limit.mask_gradient for limit in entry.backend.limits):
+        raise NotImplementedError(f"backend '{entry.backend.name}' gives no gradient for attn_mask")
+    assert entry.backend.dense is not None and entry.backend.dense.backward is not None
+    empty = state.new_empty(0, device=q.device)
+    return entry.backend.dense.backward(grad_out, q, k, v, mask, key_padding, out, lse, empty, *options, mask_gradient)
+
+
+def _varlen_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    *structure, out, lse, state = rest[:7]
+    options = rest[7:-1]
+    entry = _ran(state)
+    _check(entry, (q, k, v), "none", (*options, True), True)
+    assert entry.backend.varlen is not None and entry.backend.varlen.backward is not None
+    empty = state.new_empty(0, device=q.device)
+    return entry.backend.varlen.backward(grad_out, q, k, v, *structure, out, lse, empty, *options, False)
+
+
+def _fake_state(q: Tensor, dropout_p: float) -> Tensor:
+    return torch.empty(1, dtype=torch.int64)
+
+
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+_ANY = Limits(
+    ("cpu", "cuda", "xpu", "mps", "npu", "xla", "meta"),
+    (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    value_head_dim=True,
+    masks=("none", "key_padding", "bool", "float"),
+    mask_gradient=True,
+    window=True,
+)
+
+# No dropout: the random state lives on the device, `state` on the CPU.
+register_backend(
+    Backend(
+        "switch",
+        "looks its backend up when it runs: one graph for all",
+        family="ours",
+        limits=(_ANY,),
+        dense=Kernels(_forward, _backward, fake_state=_fake_state, tags=_TAGS),
+        varlen_limits=(_ANY,),
+        varlen=Kernels(_varlen_forward, _varlen_backward, fake_state=_fake_state, tags=_TAGS),
+    )
+)
