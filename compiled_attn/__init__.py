@@ -24,3 +24,29 @@ from .state import (
     set_attention_backend,
     set_default_backend,
 )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionBackendMixin",
+    "Backend",
+    "active_backend",
+    "attention",
+    "attention_backend",
+    "attention_with_lse",
+    "backend_info",
+    "checkpoint_context_fn",
+    "compile",
+    "dispatch_attention_fn",
+    "explain",
+    "list_backends",
+    "precompile",
+    "register_backend",
+    "reset_attention_backend",
+    "set_attention_backend",
+    "set_checks",
+    "set_default_backend",
+    "varlen_attention",
+    "varlen_attention_with_lse",
+    "why_not",
+]

@@ -247,31 +247,41 @@ def _dense(
     backend: str | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    entry = _entry(backend)
+    compiling = torch.compiler.is_compiling()
+    entry = _entry(backend, compiling)
     mask, key_padding, kind = None, None, "none"
     if attn_mask is not None or key_padding_mask is not None:
         mask, key_padding, kind = prepared_masks(query, key, attn_mask, key_padding_mask)
-    query, key, value = _autocast(query, key, value)
+    if compiling or torch._C._is_any_autocast_enabled():
+        query, key, value = _autocast(query, key, value)
     window = None if window_size is None else _window(window_size)
+    process = torch.are_deterministic_algorithms_enabled()
     if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    mask_gradient = (kind == "float") and mask.requires_grad and torch.is_grad_enabled()  # type: ignore[union-attr]
-    gradient = _wants_gradient(query, key, value) or mask_gradient
-    options = (kind, mask_gradient, dropout_p, is_causal, alignment, gqa, window, deterministic, return_lse, gradient)
-    _admit(entry, query, key, value, options, False)
+        deterministic = process
+    mask_gradient = kind == "float" and _wants_mask_gradient(mask)
+    gradient = mask_gradient or _wants_gradient(query, key, value)
+    options = (
+        kind, mask_gradient, dropout_p, is_causal, alignment, gqa, window, deterministic, return_lse, gradient, process,
+        False,
+    )  # fmt: skip
+    if compiling:
+        registry.check(entry, _call(query, key, value, options, False))
+    else:
+        _check_once(entry, query, key, value, options, False)
 
     causal = 0 if not is_causal and window is None else _position_bits(is_causal, alignment)
+    if registry.checks_enabled:
+        checks.dense(query, key, value, None if kind == "block" else mask)
     if entry.backend.traced is not None and entry.backend.takes_traced(_call(query, key, value, options, False)):  # type: ignore[misc]
         return entry.backend.traced(
             query, key, value, mask, key_padding, dropout_p, causal, scale, gqa, window, deterministic, return_lse
         )
-    if registry.checks_enabled:
-        checks.dense(query, key, value, mask)
-    if entry.eager is not None and not torch.compiler.is_compiling():
+    if entry.eager is not None and not compiling:
         out, lse, _ = entry.eager(
             query, key, value, mask, key_padding, dropout_p, causal, scale, gqa, window, deterministic, return_lse
         )
-        return out.contiguous(), lse if lse is None else lse.detach().contiguous()
+        out = out.contiguous()
+        return out, lse.detach().contiguous() if return_lse else out
     # Opaque operators need lse for their backward and cannot see requires_grad once they are in a graph.
     save = return_lse or (gradient and entry.eager is None)
     out, lse, _ = entry.op(  # type: ignore[misc]
@@ -298,17 +308,29 @@ def _varlen(
     backend: str | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    entry = _entry(backend)
-    query, key, value = _autocast(query, key, value)
+    compiling = torch.compiler.is_compiling()
+    entry = _entry(backend, compiling)
+    if compiling or torch._C._is_any_autocast_enabled():
+        query, key, value = _autocast(query, key, value)
     window = None if window_size is None else _window(window_size)
+    process = torch.are_deterministic_algorithms_enabled()
     if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
+        deterministic = process
     gradient = _wants_gradient(query, key, value)
-    options = ("none", False, dropout_p, is_causal, alignment, gqa, window, deterministic, return_lse, gradient)
-    _admit(entry, query, key, value, options, True)
+    same_lengths = cu_seqlens_q is cu_seqlens_k
+    options = (
+        "none", False, dropout_p, is_causal, alignment, gqa, window, deterministic, return_lse, gradient, process,
+        same_lengths,
+    )  # fmt: skip
+    if compiling:
+        registry.check(entry, _call(query, key, value, options, True))
+    else:
+        _check_once(entry, query, key, value, options, True)
     masks.require_lengths(query, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
-    causal = 0 if not is_causal and window is None else _position_bits(is_causal, alignment)
+    causal = (
+        0 if not is_causal and window is None else _position_bits(is_causal, LOWER_RIGHT if same_lengths else alignment)
+    )
     max_q = query.shape[0] if max_seqlen_q is None else max_seqlen_q
     max_k = key.shape[0] if max_seqlen_k is None else max_seqlen_k
     if registry.checks_enabled:
@@ -321,7 +343,7 @@ def _varlen(
     return out, lse
 
 
-def _entry(backend: str | None) -> Entry:
+def _entry(backend: str | None, compiling: bool) -> Entry:
     slot = _local.slot
     name = backend
     if name is None:
@@ -329,7 +351,7 @@ def _entry(backend: str | None) -> Entry:
     entry = BACKENDS.get(name)
     if entry is None:
         raise registry.unknown(name, origin(name))
-    if not torch.compiler.is_compiling():
+    if not compiling:
         slot.reached = True
     elif slot.traced and name == SWITCH:
         raise NotImplementedError(
@@ -367,6 +389,10 @@ def _wants_gradient(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
 
 
+def _wants_mask_gradient(mask: Any) -> bool:
+    return torch.is_grad_enabled() and mask.requires_grad
+
+
 def prepared_masks(query: Tensor, key: Tensor, attn_mask: Any, key_padding_mask: Any) -> tuple[Any, Any, str]:
     """``(mask, key_padding, kind)`` of what the caller gave; a BlockMask stays what it is."""
     if hasattr(attn_mask, "mask_mod") and hasattr(attn_mask, "kv_indices"):
@@ -387,7 +413,9 @@ def prepared_masks(query: Tensor, key: Tensor, attn_mask: Any, key_padding_mask:
 
 def _call(query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...], varlen: bool) -> Call:
     """The facts of a call, from its tensors, its options and the machine."""
-    kind, mask_gradient, dropout_p, is_causal, alignment, gqa, window, deterministic, lse, gradient = options
+    kind, mask_gradient, dropout_p, is_causal, alignment, gqa, window, deterministic, lse, gradient, process, same = (
+        options
+    )
     return Call(
         query=tuple(query.shape),
         key=tuple(key.shape),
@@ -403,22 +431,21 @@ def _call(query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...], v
         window=window,
         dropout_p=dropout_p,
         deterministic=deterministic,
-        globally_deterministic=torch.are_deterministic_algorithms_enabled(),
+        globally_deterministic=process,
         lse=lse,
         gradient=gradient,
         varlen=varlen,
+        same_lengths=same,
         compiling=torch.compiler.is_compiling(),
     )
 
 
-def _admit(entry: Entry, query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...], varlen: bool) -> None:
-    """Check the call, unless an equal eager call passed before."""
-    if torch.compiler.is_compiling():
-        registry.check(entry, _call(query, key, value, options, varlen))
-        return
-    # the deterministic flag of the process is a rule's input too
+def _check_once(
+    entry: Entry, query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...], varlen: bool
+) -> None:
+    """Check an eager call, unless an equal one passed before."""
     seen = (
-        entry.number, torch.are_deterministic_algorithms_enabled(), query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, query.device,
+        entry.number, query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, query.device,
         key.device, value.device, options,
     )  # fmt: skip
     if seen not in registry.served:
@@ -452,9 +479,10 @@ def call_of(
         if attn_mask is not None or key_padding_mask is not None
         else (None, None, "none")
     )
-    mask_gradient = kind == "float" and mask.requires_grad and torch.is_grad_enabled()
+    mask_gradient = kind == "float" and _wants_mask_gradient(mask)
+    process = torch.are_deterministic_algorithms_enabled()
     if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
+        deterministic = process
     window = None if window_size is None else _window(window_size)
     gradient = _wants_gradient(query, key, value) or mask_gradient
     query, key, value = _autocast(query, key, value)
@@ -464,7 +492,7 @@ def call_of(
         value,
         (
             kind, mask_gradient, dropout_p, is_causal, causal_alignment, enable_gqa, window, deterministic,
-            return_lse, gradient,
+            return_lse, gradient, process, False,
         ),
         varlen,
     )  # fmt: skip

@@ -94,9 +94,9 @@ def define(name: str, kernels: Kernels, varlen: bool = False) -> torch._ops.OpOv
         tags += (torch.Tag.nondeterministic_seeded,)
     _library.define(f"{base}.{VERSION}{SCHEMAS[varlen]}", tags=tags)
     if kernels.composite:
-        _library.impl(f"{base}.{VERSION}", _forward_of(kernels), "CompositeImplicitAutograd")
+        _library.impl(f"{base}.{VERSION}", _forward_of(kernels, varlen), "CompositeImplicitAutograd")
     else:
-        _library.impl(f"{base}.{VERSION}", _without_autocast(_forward_of(kernels)), "CompositeExplicitAutograd")
+        _library.impl(f"{base}.{VERSION}", _without_autocast(_forward_of(kernels, varlen)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{base}.{VERSION}", _fake_of(kernels, varlen), lib=_library)
         _define_backward(base, kernels, varlen)
         register_flop_formula(getattr(torch.ops.compiled_attn, base), get_raw=True)(_flops(varlen, 2, 0))
@@ -114,10 +114,13 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _forward_of(kernels: Kernels) -> Callable[..., Result]:
+def _forward_of(kernels: Kernels, varlen: bool) -> Callable[..., Result]:
     forward = kernels.forward
+    length = _LENGTH[varlen]
 
     def run(*args: Any) -> Result:
+        if len(args) < length:
+            args = _complete(args, varlen)
         out, lse, state = forward(*args)
         q = args[0]
         if lse is None:

@@ -136,10 +136,8 @@ def unknown(name: object, origin: str = "") -> ValueError:
     if isinstance(name, str):
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
         if near:
-            text += f"; did you mean {near[0]!r}?"
-    return ValueError(
-        f"{text} Known: {', '.join(known)}" if text.endswith("?") else f"{text}; known: {', '.join(known)}"
-    )
+            text += f", did you mean {near[0]!r}?"
+    return ValueError(f"{text}; known: {', '.join(known)}")
 
 
 def find(name: str, origin: str = "") -> Entry:

@@ -52,6 +52,7 @@ class Call:
     lse: bool = False
     gradient: bool = False
     varlen: bool = False
+    same_lengths: bool = False
     compiling: bool = False
 
 
@@ -61,7 +62,8 @@ class Limits:
 
     ``deterministic`` speaks of the backward pass: "always"; "global", when only
     ``torch.use_deterministic_algorithms(True)`` makes it so; or "never".
-    ``alignments`` are the causal and window alignments served when Sq != Sk; with Sq == Sk both are one.
+    ``alignments`` are the causal and window alignments served when Sq != Sk; with Sq == Sk both are one. (Packed
+    lengths are on the device: there the two are one when cu_seqlens_q and cu_seqlens_k are the same tensor.)
     ``verified`` says how the entry is known: "hardware" or "contract" (recorded signatures only).
     ``also`` holds rules that fit no field: functions from a Call to a reason, or None.
     """
@@ -158,25 +160,32 @@ def reasons(limits: tuple[Limits, ...], call: Call) -> list[str]:
         found.append(f"takes {names(chosen.dtypes)}, not {names((dtype,))}")
     if head_dim < chosen.min_head_dim:
         found.append(f"head_dim={head_dim} is under {chosen.min_head_dim}")
-    if chosen.max_head_dim is not None and head_dim > chosen.max_head_dim:
-        found.append(f"head_dim={head_dim} is over {chosen.max_head_dim}")
+    if chosen.max_head_dim is not None and max(head_dim, call.value[-1]) > chosen.max_head_dim:
+        found.append(f"head_dim={max(head_dim, call.value[-1])} is over {chosen.max_head_dim}")
     if chosen.head_dim_multiple > 1 and head_dim % chosen.head_dim_multiple != 0:
         found.append(f"head_dim={head_dim} is not a multiple of {chosen.head_dim_multiple}")
     if call.value[-1] != head_dim and not chosen.value_head_dim:
         found.append(f"needs one head_dim, not {head_dim} for query/key and {call.value[-1]} for value")
     if call.mask != "none" and call.mask not in chosen.masks:
-        allowed = names(kind for kind in chosen.masks if kind != "none")
-        found.append(f"takes {allowed} masks, not a {call.mask} mask")
+        kinds = [kind for kind in chosen.masks if kind != "none"]
+        found.append(f"takes {names(kinds) if kinds else 'no'} masks, so not a {call.mask} mask")
     if call.mask_gradient and not chosen.mask_gradient:
         found.append("gives no gradient for attn_mask; pass attn_mask.detach()")
     if call.causal and not chosen.causal:
         found.append("has no causal mode")
     positional = call.causal or call.window is not None
-    if positional and call.alignment not in chosen.alignments and call.query[-3] != call.key[-3]:
-        found.append(
-            f"aligns causal and window masks {names(chosen.alignments)} when Sq != Sk "
-            f"({call.query[-3]} != {call.key[-3]}), not {call.alignment}"
-        )
+    if positional and call.alignment not in chosen.alignments:
+        served = names(chosen.alignments)
+        if call.varlen and not call.same_lengths:
+            found.append(
+                f"aligns causal and window masks {served}, not {call.alignment}; pass causal_alignment={served!r}, or "
+                "one and the same tensor as cu_seqlens_q and cu_seqlens_k, if the lengths are equal"
+            )
+        elif not call.varlen and call.query[-3] != call.key[-3]:
+            found.append(
+                f"aligns causal and window masks {served} when Sq != Sk "
+                f"({call.query[-3]} != {call.key[-3]}), not {call.alignment}"
+            )
     if call.query[-2] != call.key[-2] and not chosen.gqa:
         found.append("has no grouped-query attention; repeat the key and value heads")
     if call.window is not None and not chosen.window:

@@ -313,11 +313,13 @@ def _install(module: nn.Module, pin: str | None, from_parent: str | None) -> Non
         if not ours:
             kept = state.get(_FORWARD)
             if kept is None or kept.args[1] is not forward:
-                # partial, not a closure or bound method: those do not pickle
-                kept = state[_FORWARD] = functools.partial(_pinned_forward, module, forward)
+                # partial, not a closure or bound method: those do not pickle. The class's forward comes along as a
+                # plain function: Dynamo cannot look it up on a class marked allow_in_graph, as Diffusers' blocks are.
+                kept = state[_FORWARD] = functools.partial(_pinned_forward, module, forward, type(module).forward)
             state["forward"] = kept
         return
     if ours:
+        assert forward is not None
         original = forward.args[1]
         if original is None:
             del state["forward"]
@@ -329,8 +331,8 @@ def _install(module: nn.Module, pin: str | None, from_parent: str | None) -> Non
     state.pop(_FROM_PARENT, None)
 
 
-def _pinned_forward(module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:
-    forward = type(module).forward.__get__(module) if original is None else original
+def _pinned_forward(module: nn.Module, original: Any, of_class: Any, *args: Any, **kwargs: Any) -> Any:
+    forward = functools.partial(of_class, module) if original is None else original
     pin = getattr(module, _PIN)
     if pin is None:
         return forward(*args, **kwargs)

@@ -1,1 +1,1 @@
-"""Measuring: overhead of a call, and tables of results."""
+"""Benchmarks: ``python -m compiled_attn bench <name>``."""

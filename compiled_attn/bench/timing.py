@@ -1,0 +1,64 @@
+"""Microseconds of a Python call, on a machine that is not quiet.
+
+Variants take turns in short rounds, in an order drawn anew for each round, and are compared within the same round:
+what disturbs the machine for longer than a round disturbs them all alike. Medians over rounds are reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds per call of some variants: one number for each round, round by round."""
+
+    rounds: Mapping[str, list[float]]
+
+    def median(self, name: str) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.rounds[name])
+
+    def over(self, name: str, base: str) -> float:
+        """Median over the rounds of how much longer ``name`` took than ``base`` did in the same round."""
+        pairs = zip(self.rounds[name], self.rounds[base], strict=True)
+        return statistics.median(mine - theirs for mine, theirs in pairs)
+
+    def slope(self, many: str, one: str, steps: int) -> list[float]:
+        """Microseconds per step between a call with ``steps`` more steps and one without, round by round."""
+        pairs = zip(self.rounds[many], self.rounds[one], strict=True)
+        return [(longer - shorter) / steps for longer, shorter in pairs]
+
+
+def measure(
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    calls: int,
+    mode: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    progress: Callable[[], object] = lambda: None,
+) -> Times:
+    """Time every variant ``calls`` times in each of ``rounds`` rounds, after one round that is thrown away.
+
+    ``mode`` makes the context that everything runs in, ``torch.no_grad`` say; ``progress`` is called after a round.
+    """
+    names = list(variants)
+    order = random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with mode():
+        for number in range(rounds + 1):
+            for name in order.sample(names, len(names)):
+                run = variants[name]
+                start = time.perf_counter()
+                for _ in range(calls):
+                    run()
+                elapsed = time.perf_counter() - start
+                if number > 0:
+                    times[name].append(elapsed / calls * 1e6)
+            progress()
+    return Times(times)

@@ -1,0 +1,43 @@
+"""Tables for the terminal and for Markdown: rows of cells in, lines out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def text(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell, two spaces between them; a cell of several lines makes a taller row.
+
+    >>> print(text(("name", "reasons"), [("a", "first\\nsecond"), ("long", "")]))
+    name  reasons
+    ----  -------
+    a     first
+          second
+    long
+    """
+    split = [[cell.split("\n") for cell in row] for row in (headers, *rows)]
+    widths = [max(len(line) for row in split for line in row[column]) for column in range(len(headers))]
+    lines: list[str] = []
+    for number, row in enumerate(split):
+        for height in range(max(len(cell) for cell in row)):
+            cells = [cell[height] if height < len(cell) else "" for cell in row]
+            lines.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+        if number == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as a Markdown table; line breaks in a cell become ``<br>``.
+
+    >>> print(markdown(("a", "b"), [("1", "x|y")]))
+    | a | b |
+    |---|---|
+    | 1 | x\\|y |
+    """
+    lines = [_markdown_row(headers), "|" + "---|" * len(headers)]
+    return "\n".join([*lines, *(_markdown_row(row) for row in rows)])
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"

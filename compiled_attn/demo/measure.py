@@ -1,0 +1,279 @@
+"""What the demo measures: graphs, seconds, errors. Nothing is printed here."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import compiled_attn
+from compiled_attn import registry
+from compiled_attn.integrations import diffusers as integration
+from compiled_attn.spec import Call
+from compiled_attn.state import SWITCH
+
+from .models import Subject
+
+REFERENCE = "_native_math"
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Row:
+    """One backend in one model and one mode ("static" or "switch"). Seconds, unless the name says otherwise."""
+
+    model: str
+    mode: str
+    backend: str
+    graphs: list[int] = field(default_factory=list)  # new graphs, round by round
+    operators: dict[str, int] = field(default_factory=dict)  # attention operators in the graph compiled for it
+    first: float = math.nan  # first output, compilation included
+    returned: float = math.nan  # first output when it comes round again
+    step: float = math.nan  # median
+    swap: float = math.nan  # returned - step: what swapping to it cost
+    error: float = math.nan  # relative to the float64 model, the larger of all rounds
+    failure: str | None = None
+
+
+@dataclass
+class Prepared:
+    """A subject with everything known before the first compilation."""
+
+    subject: Subject
+    calls: list[Call]
+    backends: list[str]
+    skipped: dict[str, list[str]]
+    reference: Tensor
+    yardstick: float  # error of Diffusers' own path, plain scaled_dot_product_attention, in the same dtype
+    bound: float  # 2 x yardstick + rounding
+    visible: dict[str, float]  # what errors of known size would do to the output: the bound must lie below
+
+
+class Counter:
+    """A compiler backend that counts the graphs it is given and the attention operators in the last one."""
+
+    def __init__(self, name: str) -> None:
+        self.compile = torch._dynamo.lookup_backend(name)
+        self.graphs = 0
+        self.operators: dict[str, int] = {}
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+        self.graphs += 1
+        self.operators = operators(graph)
+        return self.compile(graph, inputs, **options)
+
+
+def operators(graph: torch.fx.GraphModule) -> dict[str, int]:
+    """Attention operators of a graph and how often each is called."""
+    found: dict[str, int] = {}
+    for node in graph.graph.nodes:
+        if getattr(node.target, "namespace", None) == "compiled_attn":
+            name = node.target._schema.name.removeprefix("compiled_attn::")
+            found[name] = found.get(name, 0) + 1
+        elif node.op == "call_function" and "flex_attention" in str(node.target):
+            found["flex_attention"] = found.get("flex_attention", 0) + 1
+    return found
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    """|out - reference| / |reference|, Euclidean norms in float64; NaN counts as infinite."""
+    error = float((out.double() - reference).norm() / reference.norm())
+    return math.inf if math.isnan(error) else error
+
+
+def prepare(subject: Subject, wanted: list[str] | None) -> Prepared:
+    """Record the calls of one eager forward, find the backends that can serve them, compute what is right."""
+    with integration.recorded() as calls:
+        plain = subject()
+    backends, skipped = [], {}
+    for name in registry.list_backends():
+        if name == SWITCH or (wanted is not None and name not in wanted):
+            continue
+        found = why_not(name, calls)
+        if found:
+            skipped[name] = found
+        else:
+            backends.append(name)
+    double = subject.double()
+    with integration.installed(), compiled_attn.attention_backend(REFERENCE):
+        reference = double()
+        visible = {"scale wrong by a tenth": relative_error(_with_call(double, _wrong_scale), reference)}
+        if any(call.mask != "none" for call in calls):
+            visible["mask dropped"] = relative_error(_with_call(double, _without_mask), reference)
+    yardstick = relative_error(plain, reference)
+    bound = 2 * yardstick + torch.finfo(plain.dtype).eps
+    return Prepared(subject, calls, backends, skipped, reference, yardstick, bound, visible)
+
+
+def why_not(name: str, calls: list[Call]) -> list[str]:
+    """Every reason why backend ``name`` cannot serve these calls once they are compiled."""
+    entry = registry.find(name)
+    found = dict.fromkeys(registry.unavailable(name))
+    for call in calls:
+        found.update(dict.fromkeys(registry.refusal(entry, integration.as_compiled(call))))
+    return list(found)
+
+
+def _with_call(subject: Subject, wrap: Callable[..., Any]) -> Tensor:
+    with integration.wrapped(wrap):
+        return subject()
+
+
+def _wrong_scale(attention: Callable[..., Any]) -> Callable[..., Any]:
+    def wrong(query: Tensor, *args: Any, scale: float | None = None, **options: Any) -> Any:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return attention(query, *args, scale=1.1 * scale, **options)
+
+    return wrong
+
+
+def _without_mask(attention: Callable[..., Any]) -> Callable[..., Any]:
+    def wrong(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **options: Any) -> Any:
+        return attention(query, key, value, **options)
+
+    return wrong
+
+
+def timed(function: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """The result and the seconds until it was there, device included."""
+    _synchronize()
+    start = time.perf_counter()
+    out = function()
+    _synchronize()
+    return out, time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def median_step(function: Callable[[], Tensor], steps: int) -> float:
+    """Median seconds of ``steps`` calls, after one that is not counted."""
+    function()
+    return statistics.median(timed(function)[1] for _ in range(steps))
+
+
+@contextlib.contextmanager
+def _bound_to_switch(subject: Subject) -> Iterator[None]:
+    compiled_attn.set_attention_backend(subject.model, SWITCH)
+    try:
+        yield
+    finally:
+        compiled_attn.reset_attention_backend(subject.model)
+
+
+def sweep(
+    prepared: Prepared, mode: str, compiler: str, steps: int, rounds: int, progress: Progress
+) -> list[Row]:
+    """Compile the model once and go through its backends ``rounds`` times; what fails is noted in its row."""
+    subject = prepared.subject
+    rows = {name: Row(subject.name, mode, name) for name in prepared.backends}
+    if mode == SWITCH:
+        for name in prepared.backends:
+            if not registry.backend_info(name).switchable:
+                del rows[name]
+                prepared.skipped.setdefault(f"{name} under switch", ["cannot be chosen at run time"])
+    counter = Counter(compiler)
+    model = compiled_attn.compile(subject.model, fullgraph=True, backend=counter)
+    with integration.installed(), _bound_to_switch(subject) if mode == SWITCH else contextlib.nullcontext():
+        for turn in range(rounds):
+            for name, row in rows.items():
+                progress(f"{subject.name} {mode} {name}")
+                if row.failure is None:
+                    try:
+                        _one(prepared, row, model, counter, steps, turn)
+                    except Exception as error:  # goes into the table and the exit code
+                        row.failure = f"{type(error).__name__}: {error}"
+    return list(rows.values())
+
+
+def _one(prepared: Prepared, row: Row, model: Any, counter: Counter, steps: int, turn: int) -> None:
+    subject, graphs = prepared.subject, counter.graphs
+    with compiled_attn.attention_backend(row.backend):
+        out, seconds = timed(lambda: subject(model))
+        error = relative_error(out, prepared.reference)
+        if turn == 0:
+            row.first, row.error = seconds, error
+            row.step = median_step(lambda: subject(model), steps)
+            row.operators = counter.operators
+        else:
+            row.returned, row.swap, row.error = seconds, seconds - row.step, max(row.error, error)
+    row.graphs.append(counter.graphs - graphs)
+
+
+def failures(prepared: Prepared, rows: list[Row]) -> list[str]:
+    """Everything that is not as promised, in words."""
+    found = []
+    name, bound = prepared.subject.name, prepared.bound
+    for what, size in prepared.visible.items():
+        if not size > bound:
+            found.append(f"{name}: an error as large as '{what}' ({size:.2g}) would pass the bound {bound:.2g}")
+    for position, row in enumerate(rows):
+        where = f"{row.model} {row.mode} {row.backend}"
+        if row.failure is not None:
+            found.append(f"{where}: {row.failure}")
+            continue
+        if not row.error <= bound:
+            found.append(
+                f"{where}: error {row.error:.3g} is over {bound:.3g} = 2 x {prepared.yardstick:.3g} + rounding"
+            )
+        first = 1 if row.mode == "static" or position == 0 else 0
+        expected = [first] + [0] * (len(row.graphs) - 1)
+        if row.graphs != expected:
+            found.append(f"{where}: new graphs {row.graphs} in the rounds, expected {expected}")
+        strangers = set(row.operators) - _allowed(row)
+        if strangers or not row.operators:
+            found.append(f"{where}: the graph calls {row.operators or 'no attention operator'}")
+    return found
+
+
+def _allowed(row: Row) -> set[str]:
+    """The operators a row's graph may hold: its backend's own, or what it traces instead."""
+    if row.mode == SWITCH:
+        return {SWITCH}
+    traced = registry.backend_info(row.backend).traced is not None
+    return {row.backend, "flex_attention"} if traced else {row.backend}
+
+
+def diffusers_swap(prepared: Prepared, names: list[str], compiler: str, steps: int) -> list[dict[str, Any]]:
+    """The same swaps with Diffusers' own dispatcher and setter, on a compiled copy of the model."""
+    from diffusers.models import attention_dispatch
+    from diffusers.utils import logging
+
+    known = {member.value for member in attention_dispatch.AttentionBackendName}
+    active = attention_dispatch._AttentionBackendRegistry._active_backend
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    torch._dynamo.reset()  # our graphs would count against torch's recompile limit of 8 for the same code
+    inner = copy.deepcopy(prepared.subject.model)
+    counter = Counter(compiler)
+    model = torch.compile(inner, fullgraph=True, backend=counter)
+    rows: dict[str, dict[str, Any]] = {name: {"backend": name} for name in names if name in known}
+    try:
+        for turn in ("first", "returned"):
+            for name, row in rows.items():
+                if "refused" in row:
+                    continue
+                graphs = counter.graphs
+                try:
+                    inner.set_attention_backend(name)
+                    out, row[turn] = timed(lambda: prepared.subject(model))
+                except Exception as error:  # theirs to refuse; it stands in the table
+                    row["refused"] = f"{type(error).__name__}: {error}".splitlines()[0]
+                    continue
+                row[f"graphs_{turn}"] = counter.graphs - graphs
+                row["step"] = median_step(lambda: prepared.subject(model), steps)
+                row["error"] = relative_error(out, prepared.reference)
+    finally:
+        attention_dispatch._AttentionBackendRegistry.set_active_backend(active)
+        logging.set_verbosity(verbosity)
+    return list(rows.values())
