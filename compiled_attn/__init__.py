@@ -3,6 +3,7 @@
 Importing this package registers every operator; it imports no kernel library and touches no device.
 """
 
+from . import export as export
 from . import ops as ops
 from .checks import set_checks
 from .compilation import checkpoint_context_fn, compile, precompile
@@ -15,7 +16,9 @@ from .dispatch import (
     varlen_attention_with_lse,
     why_not,
 )
+from .operators import Kernels
 from .registry import Backend, backend_info, list_backends, register_backend
+from .spec import Limits
 from .state import (
     AttentionBackendMixin,
     active_backend,
@@ -30,6 +33,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionBackendMixin",
     "Backend",
+    "Kernels",
+    "Limits",
     "active_backend",
     "attention",
     "attention_backend",

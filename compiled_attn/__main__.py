@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": ("demo", "compile real diffusion transformers once, swap every backend, export one"),
 }
 BENCHMARKS = {
+    "kernels": ("bench.kernels", "every backend at the shapes of real models: error, time, ratio to native"),
     "overhead": ("bench.overhead", "what our dispatch costs beside plain SDPA and Diffusers' dispatcher"),
 }
 

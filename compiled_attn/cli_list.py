@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import shutil
 import sys
 from typing import Any
 
@@ -19,6 +20,7 @@ from .spec import LOWER_RIGHT, UPPER_LEFT, Limits, names
 BEGIN = "<!-- backends:begin -->"
 END = "<!-- backends:end -->"
 _SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+_NARROW = 13  # characters in a column, where a terminal cannot show the full table
 _HEADERS = (
     "backend", "calls", "devices", "dtypes", "head_dim", "masks", "causal, Sq != Sk", "also", "gradient", "verified",
 )  # fmt: skip
@@ -138,8 +140,12 @@ def terminal() -> str:
     if elsewhere:
         parts += [f"\n{len(elsewhere)} cannot:\n", cli_table.text(("backend", "why not, and the fix"), elsewhere)]
     parts += ["\nWhat each takes (python -m compiled_attn explain asks about one call):\n"]
-    parts += [cli_table.text(_HEADERS, capabilities())]
-    return "\n".join(parts)
+    table = cli_table.text(_HEADERS, capabilities())
+    # 170 columns and more; into a pipe it goes as it is
+    if max(map(len, table.split("\n"))) > shutil.get_terminal_size((1000, 24)).columns:
+        headers, *rows = cli_table.narrow([_HEADERS, *capabilities()], _NARROW)
+        table = cli_table.text(headers, rows)
+    return "\n".join([*parts, table])
 
 
 def markdown() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 
@@ -25,6 +26,15 @@ def text(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         if number == 0:
             lines.append("  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def narrow(rows: Sequence[Sequence[str]], width: int) -> list[tuple[str, ...]]:
+    """``rows`` with every cell broken into lines of at most ``width`` characters, between words.
+
+    >>> narrow([("cpu, cuda, xpu", "f32")], 9)
+    [('cpu,\\ncuda, xpu', 'f32')]
+    """
+    return [tuple("\n".join(textwrap.wrap(cell, width, break_long_words=False)) for cell in row) for row in rows]
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -276,7 +276,8 @@ def _dense(
         return entry.backend.traced(
             query, key, value, mask, key_padding, dropout_p, causal, scale, gqa, window, deterministic, return_lse
         )
-    if entry.eager is not None and not compiling:
+    # (under autocast the operator, which switches it off round the kernel's own matrix products)
+    if entry.eager is not None and not compiling and not torch._C._is_any_autocast_enabled():
         out, lse, _ = entry.eager(
             query, key, value, mask, key_padding, dropout_p, causal, scale, gqa, window, deterministic, return_lse
         )
@@ -422,7 +423,7 @@ def _call(query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...], v
         value=tuple(value.shape),
         dtypes=(query.dtype, key.dtype, value.dtype),
         devices=(query.device.type, key.device.type, value.device.type),
-        capability=torch.cuda.get_device_capability(query.device) if query.device.type == "cuda" else None,
+        capability=_capability(query.device.index) if query.device.type == "cuda" else None,
         mask=kind,
         mask_gradient=mask_gradient,
         causal=is_causal,
@@ -440,13 +441,21 @@ def _call(query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...], v
     )
 
 
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+# What torch.compiler.assume_constant_result sets, which would import torch._dynamo (1 s). A device does not change.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _check_once(
     entry: Entry, query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...], varlen: bool
 ) -> None:
     """Check an eager call, unless an equal one passed before."""
     seen = (
         entry.number, query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, query.device,
-        key.device, value.device, options,
+        key.device, value.device, options, varlen,
     )  # fmt: skip
     if seen not in registry.served:
         for name, given in (("query", query), ("key", key), ("value", value)):

@@ -94,10 +94,12 @@ def define(name: str, kernels: Kernels, varlen: bool = False) -> torch._ops.OpOv
         tags += (torch.Tag.nondeterministic_seeded,)
     _library.define(f"{base}.{VERSION}{SCHEMAS[varlen]}", tags=tags)
     if kernels.composite:
-        _library.impl(f"{base}.{VERSION}", _forward_of(kernels, varlen), "CompositeImplicitAutograd")
+        _library.impl(f"{base}.{VERSION}", _without_autocast(_forward_of(kernels, varlen)), "CompositeImplicitAutograd")
     else:
-        _library.impl(f"{base}.{VERSION}", _without_autocast(_forward_of(kernels, varlen)), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{base}.{VERSION}", _fake_of(kernels, varlen), lib=_library)
+        run = _without_forward_ad(base, _without_autocast(_forward_of(kernels, varlen)))
+        _library.impl(f"{base}.{VERSION}", run, "CompositeExplicitAutograd")
+        fake = _without_forward_ad(base, _fake_of(kernels, varlen))
+        torch.library.register_fake(f"{NAMESPACE}::{base}.{VERSION}", fake, lib=_library)
         _define_backward(base, kernels, varlen)
         register_flop_formula(getattr(torch.ops.compiled_attn, base), get_raw=True)(_flops(varlen, 2, 0))
     return getattr(getattr(torch.ops.compiled_attn, base), VERSION)
@@ -123,7 +125,7 @@ def _forward_of(kernels: Kernels, varlen: bool) -> Callable[..., Result]:
             args = _complete(args, varlen)
         out, lse, state = forward(*args)
         q = args[0]
-        if lse is None:
+        if lse is None or not args[-1]:
             lse = q.new_empty(0, dtype=lse_dtype(q.dtype))
         elif lse.requires_grad:
             lse = lse.detach()  # some kernels could differentiate it, most cannot: none does
@@ -142,6 +144,18 @@ def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return run(*args)
+        return run(*args)
+
+    return kernel
+
+
+def _without_forward_ad(base: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    # The operators of Library.register_autograd give a zero tangent without a word (torch 2.13).
+    def kernel(*args: Any) -> Any:
+        if torch.autograd.forward_ad._current_level >= 0:
+            raise NotImplementedError(
+                f"compiled_attn::{base} has no forward-mode derivative (jvp); use backend '_native_math'"
+            )
         return run(*args)
 
     return kernel

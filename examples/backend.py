@@ -29,7 +29,7 @@ kernels = Kernels(forward, backward)
 compiled_attn.register_backend(compiled_attn.Backend("einsum", "plain einsum", limits=(limits,), dense=kernels))
 
 if __name__ == "__main__":
-    x = torch.randn(2, 32, 4, 16, requires_grad=True)
+    x = torch.randn(2, 32, 4, 16, dtype=torch.float64, requires_grad=True)
     attend = torch.compile(lambda x: compiled_attn.attention(x, x, x, backend="einsum"), fullgraph=True)
     (gradient,) = torch.autograd.grad(attend(x).square().sum(), x)
     (expected,) = torch.autograd.grad(compiled_attn.attention(x, x, x).square().sum(), x)

@@ -7,4 +7,5 @@ if __name__ != "compiled_attn.ops":
     raise ImportError("import compiled_attn.ops: imported as 'ops', it would define every operator twice")
 
 from . import native as native
+from . import flex as flex
 from . import switch as switch

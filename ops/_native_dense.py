@@ -211,7 +211,7 @@ def flash_forward(
     if q.device.type != "cuda":
         bias, is_causal = _cpu_bias(q, k, mask, key_padding, causal, window)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, is_causal, attn_mask=bias, scale=scale
+            *_cpu_bhsd(q, k, v), 0.0, is_causal, attn_mask=bias, scale=scale
         )
         if return_lse and bias is not None:  # the kernel gives 0 for an empty row's out and lse
             lse = lse.masked_fill(_empty(bias, is_causal, q.shape[1]), -math.inf)
@@ -227,6 +227,11 @@ def flash_forward(
         bool(causal & CAUSAL), False, scale=resolved_scale(q, scale), **flash_windows(window, causal),
     )  # fmt: skip
     return fit(out, width), empty_to(lse, math.inf, -math.inf) if return_lse else None, None
+
+
+def _cpu_bhsd(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The CPU kernel reads rows of D as if they were dense: garbage, without a word, if they are not."""
+    return tuple((one if one.stride(-1) == 1 else one.contiguous()).transpose(1, 2) for one in tensors)
 
 
 def _empty(bias: Tensor, is_causal: bool, q_length: int) -> Tensor:
@@ -267,8 +272,8 @@ def flash_backward(
     if q.device.type != "cuda":
         bias, is_causal = _cpu_bias(q, k, mask, key_padding, causal, window)
         gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(tensor.transpose(1, 2) for tensor in (grad_out, q, k, v, out)), empty_to(lse, -math.inf, 0.0), 0.0,
-            is_causal, attn_mask=bias, scale=scale,
+            *_cpu_bhsd(grad_out, q, k, v, out), empty_to(lse, -math.inf, 0.0), 0.0, is_causal, attn_mask=bias,
+            scale=scale,
         )  # fmt: skip
         dq, dk, dv = (gradient.transpose(1, 2) for gradient in gradients)
         return dq, dk, dv, None
@@ -366,7 +371,8 @@ def cudnn_backward(
     unused = torch.zeros((), dtype=torch.int64, device=q.device)
     gradients = aten._scaled_dot_product_cudnn_attention_backward(
         grad_out, *inputs, out, lse.unsqueeze(-1), unused, unused,
-        _expanded(additive_bias(q, mask, key_padding), q, k), None, None, q.shape[1], k.shape[1], 0.0, bool(causal & CAUSAL), scale=resolved_scale(q, scale),
+        _expanded(additive_bias(q, mask, key_padding), q, k), None, None, q.shape[1], k.shape[1], 0.0,
+        bool(causal & CAUSAL), scale=resolved_scale(q, scale),
     )  # fmt: skip
     dq, dk, dv = (fit(g, width).transpose(1, 2) for g, width in zip(gradients, widths, strict=True))
     return dq, dk, dv, None

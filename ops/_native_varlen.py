@@ -59,6 +59,15 @@ def _pieces(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[tuple[slice, sli
     return [(slice(q0, q1), slice(k0, k1)) for q0, q1, k0, k1 in pairs if q1 > q0 and k1 > k0]
 
 
+def _behind(packed: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Bool (T,): rows behind the last sequence, which the CUDA kernel never writes."""
+    return torch.arange(packed.shape[0], device=packed.device) >= cu_seqlens[-1]
+
+
+def _cleared(packed: Tensor, behind: Tensor) -> Tensor:
+    return packed.masked_fill_(behind[:, None, None], 0.0)
+
+
 def flash_varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, dropout_p: float = 0.0, causal: int = 0, scale: float | None = None, gqa: bool = False,
@@ -74,24 +83,18 @@ def flash_varlen_forward(
             aligned(q), aligned(k), aligned(v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
             bool(causal & CAUSAL), False, scale=resolved_scale(q, scale), **flash_windows(window, causal),
         )  # fmt: skip
-        return fit(out, v.shape[-1]), empty_to(lse, math.inf, -math.inf) if return_lse else None, None
+        behind = _behind(out, cu_seqlens_q)
+        if not return_lse:
+            return fit(_cleared(out, behind), v.shape[-1]), None, None
+        lse = empty_to(lse, math.inf, -math.inf).masked_fill_(behind, -math.inf)
+        return fit(_cleared(out, behind), v.shape[-1]), lse, None
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=lse_dtype(q.dtype))
     for rows, keys in _pieces(cu_seqlens_q, cu_seqlens_k):
         one, one_lse, _ = flash_forward(
-            q[None, rows],
-            k[None, keys],
-            v[None, keys],
-            None,
-            None,
-            0.0,
-            causal,
-            scale,
-            gqa,
-            window,
-            deterministic,
+            q[None, rows], k[None, keys], v[None, keys], None, None, 0.0, causal, scale, gqa, window, deterministic,
             True,
-        )
+        )  # fmt: skip
         assert one_lse is not None
         out[rows], lse[:, rows] = one[0], one_lse[0]
     return out, lse if return_lse else None, None
@@ -109,7 +112,11 @@ def flash_varlen_backward(
             cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, bool(causal & CAUSAL), unused, unused,
             scale=resolved_scale(q, scale), **flash_windows(window, causal),
         )  # fmt: skip
-        dq, dk, dv = (fit(gradient, q.shape[-1]) for gradient in gradients)
+        lengths = (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k)
+        dq, dk, dv = (
+            fit(_cleared(gradient, _behind(gradient, ends)), q.shape[-1])
+            for gradient, ends in zip(gradients, lengths, strict=True)
+        )
         return dq, dk, dv, None
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows, keys in _pieces(cu_seqlens_q, cu_seqlens_k):

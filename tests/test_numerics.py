@@ -16,6 +16,7 @@ from matrix import (
     Case,
     assert_as_good,
     backends_and_devices,
+    largest,
     limits_on,
     plain,
     require,
@@ -46,16 +47,16 @@ def test_masks_positions_heads_and_dtypes(backend, device, dtype, key_heads, mas
     verify(backend, Case(device, dtype, key_heads=key_heads, mask=mask, positions=positions))
 
 
-SIZES = [(1, 1), (1, 33), (17, 1), (33, 17), (33, 33), (0, 5), (5, 0), (0, 0)]
+# (Sq, Sk, Hk)
+SIZES = [(1, 1, 4), (1, 33, 1), (17, 1, 4), (33, 17, 1), (33, 33, 4), (0, 5, 4), (5, 0, 1), (0, 0, 4)]
 
 
 @on_every_backend
-@pytest.mark.parametrize("lengths", SIZES, ids=lambda pair: f"{pair[0]}x{pair[1]}")
-@pytest.mark.parametrize("key_heads", [4, 1], ids=["mha", "mqa"])
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"{sizes[0]}x{sizes[1]}-{'mha' if sizes[2] == 4 else 'mqa'}")
 @pytest.mark.parametrize(("mask", "positions"), MASKS_AND_POSITIONS)
-def test_odd_and_empty_lengths(backend, device, lengths, key_heads, mask, positions):
+def test_odd_and_empty_lengths(backend, device, sizes, mask, positions):
     require(backend)
-    q_length, k_length = lengths
+    q_length, k_length, key_heads = sizes
     dtype = own_dtype(backend, device)
     case = Case(
         device, dtype, q_length=q_length, k_length=k_length, key_heads=key_heads, mask=mask, positions=positions
@@ -169,7 +170,8 @@ def test_same_tensor_three_times(backend, device):
     x64 = x.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(reference.attention(x64, x64, x64)[0].sin().sum(), x64)
     (yardstick,) = torch.autograd.grad(plain(x, x, x)[0].sin().sum(), x)
-    assert_as_good("dx", actual, expected, yardstick)
+    # three gradients are added, each with its own rounding
+    assert_as_good("dx", actual, expected, yardstick, 3 * largest(expected))
 
 
 COTANGENTS = {

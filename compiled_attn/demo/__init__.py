@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import compiled_attn
 from compiled_attn import registry
 from compiled_attn.integrations import diffusers as integration
 
@@ -27,7 +26,9 @@ _MODES = ("static", "switch")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``demo``."""
-    parser.add_argument("--output", default="out/demo", metavar="DIR", help="where the results go (default: %(default)s)")
+    parser.add_argument(
+        "--output", default="out/demo", metavar="DIR", help="where the results go (default: %(default)s)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--models", nargs="+", choices=models.NAMES, default=list(models.NAMES), metavar="NAME",
                         help=f"among {', '.join(models.NAMES)} (default: all)")  # fmt: skip
@@ -139,11 +140,10 @@ def _package(one: measure.Prepared, results: dict[str, Any], arguments: argparse
     if arguments.quick:
         return {"skipped": "none is built with --quick"}
     name = one.subject.name
-    done = [
-        row for row in results["models"][0]["rows"] if row["mode"] == "static" and row["failure"] is None
-    ]
+    done = [row for row in results["models"][0]["rows"] if row["mode"] == "static" and row["failure"] is None]
     composite = [row for row in done if (dense := registry.backend_info(row["backend"]).dense) and dense.composite]
-    chosen = arguments.export or min(composite or done, key=lambda row: row["step"], default={}).get("backend")
+    candidates = sorted(composite or done, key=lambda row: row["step"])
+    chosen = arguments.export or (candidates[0]["backend"] if candidates else None)
     package: dict[str, Any] = {"model": name, "backend": chosen}
     if chosen is None:
         results["failures"].append(f"{name} package: no backend ran, nothing to export")
@@ -166,5 +166,7 @@ def _package(one: measure.Prepared, results: dict[str, Any], arguments: argparse
     package.update(path=str(path), bytes=path.stat().st_size, manifest=export.manifest(path))
     package["error"] = measure.relative_error(out, one.reference)
     if not package["error"] <= one.bound:
-        results["failures"].append(f"{name} package with {chosen}: error {package['error']:.3g} is over {one.bound:.3g}")
+        results["failures"].append(
+            f"{name} package with {chosen}: error {package['error']:.3g} is over {one.bound:.3g}"
+        )
     return package

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import math
 import platform
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,16 @@ def table(results: dict[str, Any]) -> str:
         )
     lines += ["", *_swaps(results)]
     if results["failures"]:
-        lines += ["FAILED:", *(f"  {failure}" for failure in results["failures"])]
+        lines += ["FAILED:", *(f"  {_first_lines(failure)}" for failure in results["failures"])]
     else:
         lines.append("all numbers right, no graph broke, nothing recompiled that should not")
     return "\n".join(lines)
+
+
+def _first_lines(text: str) -> str:
+    """Compilers' errors go over hundreds of lines; the rest is in the JSON."""
+    lines = text.splitlines()
+    return "\n    ".join([*lines[:6], "... (whole in results.json)"] if len(lines) > 7 else lines)
 
 
 def _cells(row: dict[str, Any], yardstick: float) -> tuple[str, ...]:
@@ -153,7 +160,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
             chosen = [other[name] for name in names if name in other]
             steps.bar(places, [1e3 * row["step"] for row in chosen], 0.26, color="#999999", label="Diffusers")
             _bars(swaps, places, [row["first"] - row["step"] for row in chosen], "#999999", "Diffusers, first time")
-        steps.set_title(f"{model['name']}\n{model['size'].replace(', ', ',\n', 1)}", fontsize=9)
+        steps.set_title("\n".join([model["name"], *textwrap.wrap(model["size"], 42)]), fontsize=9)
         steps.set_ylabel("step, ms")
         swaps.set_ylabel("added by a swap, ms (log)")
         swaps.set_yscale("log")
@@ -161,11 +168,12 @@ def picture(results: dict[str, Any], path: Path) -> None:
         for axis in (steps, swaps):
             axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
             axis.spines[["top", "right"]].set_visible(False)
-        if column == 0:
-            steps.legend(fontsize=8, frameon=False)
-            swaps.legend(fontsize=8, frameon=False)
     figure.suptitle(f"{results['device']}, {results['dtype']}, torch {results['versions']['torch']}", fontsize=10)
-    figure.tight_layout()
+    handles = {
+        label: handle for axis in axes[:, 0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

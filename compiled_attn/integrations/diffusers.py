@@ -1,4 +1,4 @@
-"""Diffusers reaches this library: ``install()`` once, and pins, contexts and the default of compiled_attn drive its models.
+"""Diffusers reaches this library: ``install()``, and our pins, contexts and default drive its models.
 
 Its models bind ``dispatch_attention_fn`` by name when they are imported, so replacing it in the module that defines it
 is not enough: every module that holds the function gets ours, and whatever is imported later finds ours there. The
@@ -162,6 +162,7 @@ def as_compiled(call: Call) -> Call:
 
 def _owner() -> types.ModuleType:
     try:
+        importlib.import_module("diffusers")
         return importlib.import_module(_OWNER)
     except ModuleNotFoundError as error:
         if error.name is None or not _OWNER.startswith(error.name):
