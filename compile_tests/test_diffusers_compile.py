@@ -25,7 +25,7 @@ pytest.importorskip(
 import diffusers
 from diffusers.models import attention_dispatch
 
-from compiled_attn.demo import models
+from compiled_attn.demo import measure, models
 from compiled_attn.ops import native
 
 NATIVE = ("native", "_native_math", "_native_flash")
@@ -219,17 +219,40 @@ def test_the_pin_is_in_the_exported_program(name: str) -> None:
 # ------------------------------------------------------------------------------------------------------- the demo
 
 
+class EagerCounter(measure.Counter):
+    def __init__(self, name: str) -> None:
+        super().__init__("eager")
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the demo promises does not depend on the compiler: none saves most of the time."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'compiled_attn[demo]'")
+    monkeypatch.setattr(measure, "Counter", EagerCounter)
+
+
 def run_demo(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, dict[str, Any]]:
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
-    code = demo.main(parser.parse_args([*options, "--device", "cpu", "--quick", "--steps", "1", "--json"]))
+    code = demo.main(parser.parse_args([*options, "--device", "cpu", "--steps", "1", "--json"]))
     printed = capsys.readouterr().out
     return code, json.loads(printed) if printed else {}
 
 
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_demo_with_inductor_and_a_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'compiled_attn[demo]'")
-    options = ("--models", "wan", "qwen", "--backends", *NATIVE, "_native_cudnn", "--diffusers-swap")
+    options = ("--output", str(tmp_path), "--models", "flux", "--backends", "_native_math", "_native_flash")
+    code, results = run_demo(capsys, *options, "--export", "_native_math")
+    assert (code, results["failures"]) == (0, [])
+    package = results["package"]
+    assert (package["model"], package["backend"]) == ("flux", "_native_math")
+    assert 0.0 < package["error"] <= results["models"][0]["bound"] < 1e-6
+    assert package["bytes"] == (tmp_path / "flux-_native_math.pt2").stat().st_size
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], eager: None) -> None:
+    options = ("--quick", "--models", "wan", "qwen", "--backends", *NATIVE, "_native_cudnn", "--diffusers-swap")
     code, results = run_demo(capsys, "--output", str(tmp_path), *options)
     assert (code, results["failures"]) == (0, [])
     assert results == json.loads((tmp_path / "results.json").read_text())
@@ -253,8 +276,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not integration.is_installed()
 
 
-def test_demo_fails_when_a_number_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'compiled_attn[demo]'")
+def test_demo_fails_when_a_number_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str], eager: None) -> None:
     name = "wrong_scale"
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
@@ -263,7 +285,7 @@ def test_demo_fails_when_a_number_is_wrong(tmp_path: Path, capsys: pytest.Captur
     limits = (Limits(("cpu",), (torch.float32, torch.float64), masks=("none", "key_padding")),)
     register_backend(Backend(name, "twice the scale", limits, Kernels(forward, composite=True)))
     try:
-        options = ("--output", str(tmp_path), "--models", "flux", "--backends", "_native_math", name)
+        options = ("--quick", "--output", str(tmp_path), "--models", "flux", "--backends", "_native_math", name)
         code, results = run_demo(capsys, *options)
     finally:
         del registry.BACKENDS[name]
@@ -276,9 +298,8 @@ def test_demo_fails_when_a_number_is_wrong(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_demo_fails_when_something_recompiles(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, eager: None
 ) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'compiled_attn[demo]'")
     build, forwards = models.build, []
 
     def forgetful(*args: Any, **options: Any) -> models.Subject:
@@ -305,7 +326,9 @@ def test_demo_fails_when_something_recompiles(
         return Forgetful(subject.name, subject.model, subject.inputs, subject.size)
 
     monkeypatch.setattr(models, "build", forgetful)
-    code, results = run_demo(capsys, "--output", str(tmp_path), "--models", "flux", "--backends", "_native_math")
+    code, results = run_demo(
+        capsys, "--quick", "--output", str(tmp_path), "--models", "flux", "--backends", "_native_math"
+    )
     assert code == 1
     assert "new graphs" in results["failures"][0] and "expected [1, 0]" in results["failures"][0]
 

@@ -90,14 +90,15 @@ def package(
     with torch.no_grad(), context, _named_arguments(model):
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
     counted = _operators(program)
-    ours = [one for one in counted if one.namespace == NAMESPACE]
-    if (backend is not None or pin_of(model) is not None) and not ours and not _higher_order(program):
+    reached = any(one.namespace == NAMESPACE for one in counted) or _higher_order(program)
+    if (backend is not None or pin_of(model) is not None) and not reached:
         raise ValueError(
             f"{type(model).__name__} makes no compiled_attn call: backend {chosen!r} would have no effect on the "
             "package. Models of Diffusers reach this library through compiled_attn.integrations.diffusers.install()"
         )
+    python = {one.name() for one in counted if _needs_python(one)}
     if python_free:
-        _refuse_python([one.name() for one in counted if _needs_python(one)])
+        _refuse_python(python)
     inputs = _inputs(program)  # may refuse, so before the long compilation
     # A folder, not only a file beside the target: the archive's root is named after the file.
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as temporary:
@@ -106,10 +107,10 @@ def package(
             # Never program.run_decompositions(): its default table turns the fused CPU kernel into softmax math.
             torch._inductor.aoti_compile_and_package(program, package_path=made)
             host = archive.host()
-        proxied = _proxied(made)
+        python |= _proxied(made)
         if python_free:
-            _refuse_python(sorted(proxied))
-        content = _content(program, counted, proxied)
+            _refuse_python(python)
+        content = _content(program, counted, python)
         content = archive.seal(made, {**content, "backend": chosen, "host": host, "inputs": inputs})
         os.replace(made, os.path.join(folder, name))
     return content
@@ -218,16 +219,17 @@ def _chosen(model: nn.Module, backend: str | None) -> str:
 @contextlib.contextmanager
 def _named_arguments(model: nn.Module) -> Iterator[None]:
     """A pinned ``forward`` shows (*args, **kwargs), but dynamic_shapes and inputs go by the names it hides."""
-    forward: Any = vars(model).get("forward")
+    forward = vars(model).get("forward")
     if pin_of(model) is None or not isinstance(forward, functools.partial):
         yield
         return
     # for the moment only: it would be pickled with the model, and not every signature can be
-    forward.__signature__ = inspect.signature(functools.partial(type(model).forward, model))
+    attributes = vars(forward)
+    attributes["__signature__"] = inspect.signature(functools.partial(type(model).forward, model))
     try:
         yield
     finally:
-        del forward.__signature__
+        del attributes["__signature__"]
 
 
 def _nodes(program: torch.export.ExportedProgram) -> Iterator[Any]:
@@ -272,10 +274,10 @@ def _needs_python(operator: torch._ops.OpOverload) -> bool:
     return operator not in lowering.lowerings or operator in lowering.fallbacks
 
 
-def _refuse_python(names: list[str]) -> None:
+def _refuse_python(names: set[str]) -> None:
     if names:
         raise NotImplementedError(
-            report("python_free=True, but these operators run Python:", names)
+            report("python_free=True, but these operators run Python:", sorted(names))
             + "\n  choose a backend that compilers look into (backend='native', say), or allow Python"
         )
 
@@ -317,6 +319,8 @@ def _dimension(size: Any, ranges: Any) -> int | dict[str, Any]:
     if len(symbols) != 1 or not expression.is_polynomial(symbols[0]) or expression.as_poly(symbols[0]).degree() > 1:
         return known
     factor, offset = expression.as_poly(symbols[0]).all_coeffs()
+    if not (factor.is_Integer and offset.is_Integer):
+        return known
     bounds = ranges.get(symbols[0])
     known.update(symbol=str(symbols[0]), factor=int(factor), offset=int(offset))
     if bounds is not None:
@@ -329,11 +333,11 @@ def _dimension(size: Any, ranges: Any) -> int | dict[str, Any]:
 
 
 def _content(
-    program: torch.export.ExportedProgram, counted: Counter[torch._ops.OpOverload], proxied: set[str]
+    program: torch.export.ExportedProgram, counted: Counter[torch._ops.OpOverload], python: set[str]
 ) -> dict[str, Any]:
     """The part of the manifest that program and process tell."""
     device = _device_type(program)
-    listed = [one for one in counted if one.namespace == NAMESPACE or one.name() in proxied]
+    listed = [one for one in counted if one.namespace == NAMESPACE or one.name() in python]
     backends = {name for name in map(_backend_of, listed) if name is not None}
     return {
         "format": archive.FORMAT,
@@ -343,9 +347,9 @@ def _content(
         "triton": _version("triton") if device != "cpu" else None,
         "cuda": torch.version.cuda if device == "cuda" else None,
         "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
-        "operators": [_described(one, counted[one], proxied) for one in listed],
+        "operators": [_described(one, counted[one], python) for one in listed],
         "higher_order": _higher_order(program),
-        "python_free": not proxied,
+        "python_free": not python,
         "packages": _packages(backends),
         "device": {"type": device, "architecture": archive.architecture(device)},
         "in_spec": pytree.treespec_dumps(program.call_spec.in_spec),
@@ -372,14 +376,14 @@ def _backend_of(operator: torch._ops.OpOverload) -> str | None:
     return None
 
 
-def _described(operator: torch._ops.OpOverload, count: int, proxied: set[str]) -> dict[str, Any]:
+def _described(operator: torch._ops.OpOverload, count: int, python: set[str]) -> dict[str, Any]:
     return {
         "name": operator.name(),
         "backend": _backend_of(operator),
         "schema_version": operator._overloadname,
         "schema": str(operator._schema),
         "count": count,
-        "python": operator.name() in proxied,
+        "python": operator.name() in python,
     }
 
 

@@ -125,19 +125,31 @@ def register_backend(backend: Backend) -> None:
 
 
 def list_backends() -> list[str]:
-    """The names of all registered backends, runnable here or not, in the order of registration."""
+    """The names of all registered backends, runnable here or not, in the order of registration.
+
+    >>> import compiled_attn
+    >>> compiled_attn.list_backends()[:2]
+    ['native', '_native_math']
+    """
     return list(BACKENDS)
 
 
 def unknown(name: object, origin: str = "") -> ValueError:
     """The error for a name that is no backend, with the nearest one."""
-    known = list_backends()
     text = f"unknown attention backend {name!r}{origin}"
-    if isinstance(name, str):
-        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-        if near:
-            text += f", did you mean {near[0]!r}?"
-    return ValueError(f"{text}; known: {', '.join(known)}")
+    near = _nearest(name) if isinstance(name, str) else ""
+    if near:
+        text += f", did you mean {near!r}?"
+    return ValueError(f"{text}; known: {', '.join(list_backends())}")
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name.lower(), list_backends(), n=1, cutoff=0.5)
+    return near[0] if near else ""
+
+
+# as torch.compiler.assume_constant_result does: Dynamo cannot trace difflib, and the message would be lost
+_nearest._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def find(name: str, origin: str = "") -> Entry:
@@ -186,7 +198,12 @@ def _missing(package: Package) -> list[str]:
 
 
 def backend_info(name: str) -> Backend:
-    """The record of backend ``name``: its summary, limits, packages. Raises ValueError for an unknown name."""
+    """The record of backend ``name``: its summary, limits, packages. Raises ValueError for an unknown name.
+
+    >>> import compiled_attn
+    >>> compiled_attn.backend_info("_native_math").limits[0].window
+    True
+    """
     return find(name).backend
 
 

@@ -92,7 +92,13 @@ def origin(name: str) -> str:
 
 
 def active_backend() -> str:
-    """The name of the backend that an attention call made here and now, without ``backend=``, would use."""
+    """The name of the backend that an attention call made here and now, without ``backend=``, would use.
+
+    >>> import compiled_attn
+    >>> with compiled_attn.attention_backend("_native_math"):
+    ...     compiled_attn.active_backend()
+    '_native_math'
+    """
     slot = _local.slot
     return slot.name if slot.inner is None else slot.inner
 
@@ -298,7 +304,8 @@ def _spread(module: nn.Module, from_parent: str | None) -> None:
     own = module.__dict__.get(_OWN)
     pin = from_parent if own is None else own
     compiled_wrapper = "_orig_mod" in module._modules
-    if own is not None or not (compiled_wrapper or type(module).__module__.startswith("torch.nn")):
+    pinned = own is not None or _PIN in module.__dict__  # a container of torch.nn can be pinned itself
+    if pinned or not (compiled_wrapper or type(module).__module__.startswith("torch.nn")):
         _install(module, pin, from_parent)
     for child in module.children():
         _spread(child, pin)
@@ -323,9 +330,11 @@ def _install(module: nn.Module, pin: str | None, from_parent: str | None) -> Non
         original = forward.args[1]
         if original is None:
             del state["forward"]
+            state.pop(_PIN, None)
         else:
+            # what is under ours may call an older one of ours (others wrapped it): without a pin it passes through
             state["forward"] = original
-        state.pop(_PIN, None)
+            state[_PIN] = None
     elif _PIN in state:
         state[_PIN] = None  # somebody wrapped our forward; without a pin it passes through
     state.pop(_FROM_PARENT, None)

@@ -6,6 +6,7 @@ Files import torch alone; a kernel library is imported by the first call that ne
 if __name__ != "compiled_attn.ops":
     raise ImportError("import compiled_attn.ops: imported as 'ops', it would define every operator twice")
 
+# ruff: noqa: I001  (the order here is the order of list_backends())
 from . import native as native
 from . import flex as flex
 from . import switch as switch

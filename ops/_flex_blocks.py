@@ -259,8 +259,9 @@ def kept(
     object with other contents. For that reason nothing is kept for what has no version counter (inference tensors), or
     once CUDA graphs of torch.compile exist in the process, whose replays rewrite their outputs behind it.
     """
-    given = key_padding if mask is None or mask.dtype != torch.bool else mask
-    if given is None:
+    mask = mask if mask is None or mask.dtype == torch.bool else None
+    given = key_padding if mask is None else mask
+    if given is None or (mask is not None and key_padding is not None):
         return None
     owner = given if given._base is None else given._base
     if owner.is_inference() or given.is_inference() or "torch._inductor.cudagraph_trees" in sys.modules:
@@ -274,8 +275,8 @@ def kept(
         if found is not None and found[0]() is owner:
             _kept.move_to_end(key)
             return found[1]
-    both = given if mask is not None and mask.dtype == torch.bool else None
-    blocks = build(both, key_padding, None, q_length, k_length, causal, window, given.device)
+    with torch.inference_mode(False):  # or a later backward could not save them
+        blocks = build(mask, key_padding, None, q_length, k_length, causal, window, given.device)
     with _lock:
         _kept[key] = (weakref.ref(owner), blocks)
         while len(_kept) > _KEPT_AT_MOST:

@@ -6,9 +6,11 @@ B batch, Sq/Sk query/key length, H query heads, D head_dim. FlexAttention wants 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import types
 from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -196,19 +198,22 @@ def compiled_with(q: Tensor, k: Tensor, v: Tensor, block_mask: Any, scale: Any, 
 
 # ---------------------------------------------------------------------------------------------- inside an operator
 
-_AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView")
+
+@functools.cache
+def _excluded_at_rest() -> Any:
+    """The dispatch keys that a new thread leaves out."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(torch._C._dispatch_tls_local_exclude_set).result()
 
 
 @contextlib.contextmanager
 def autograd_keys() -> Iterator[None]:
-    """Autograd's dispatch keys, which are off inside an operator's kernel. Records gradients only if grad mode is on.
+    """The dispatch keys of autograd and functorch, which are off inside an operator's kernel.
 
-    FlexAttention's eager form needs them without gradients too: it looks masks up with an autograd.Function under vmap.
+    Gradients are still recorded only if grad mode is on. FlexAttention's eager form needs the keys without it too: it
+    looks masks up with an autograd.Function under vmap.
     """
-    exclude = torch._C._dispatch_tls_local_exclude_set()
-    for name in _AUTOGRAD:
-        exclude = exclude.remove(getattr(torch._C.DispatchKey, name))
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude):
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _excluded_at_rest()):
         yield
 
 

@@ -214,7 +214,7 @@ def _block_window(call: Call) -> str | None:
 
 _MASKS = ("none", "key_padding", "bool", "float", "block")
 _CUDA = Limits(
-    ("cuda",), (torch.bfloat16, torch.float16, torch.float32), min_capability=(7, 0), min_head_dim=16,
+    ("cuda",), (torch.bfloat16, torch.float16, torch.float32), min_capability=(8, 0), min_head_dim=16,
     value_head_dim=True, masks=_MASKS, window=True, also=(_widths, _block_window),
 )  # fmt: skip
 _CPU = Limits(

@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     with tqdm(total=len(arguments.models), desc="prepare", unit="swap", disable=None) as bar:
         prepared = []
-        for name in arguments.models:
+        for name in sorted(set(arguments.models), key=models.NAMES.index):
             bar.set_postfix_str(f"{name} in float64")
             prepared.append(measure.prepare(models.build(name, device, dtype, real=gpu), arguments.backends))
             bar.update()
@@ -136,7 +136,7 @@ def _model(one: measure.Prepared, arguments: argparse.Namespace, compiler: str, 
 
 
 def _package(one: measure.Prepared, results: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Export the first model with the chosen backend, load the package, run it, compare."""
+    """Export the first model (Flux, unless it was left out) with the chosen backend, load it, run it, compare."""
     if arguments.quick:
         return {"skipped": "none is built with --quick"}
     name = one.subject.name

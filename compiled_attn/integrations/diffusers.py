@@ -35,6 +35,7 @@ class _Originals:
     def __init__(self) -> None:
         self.dispatch: Any = None
         self.context: Any = None
+        self.wrappers: list[Any] = []  # of wrapped(), innermost last
 
 
 _originals = _Originals()
@@ -69,6 +70,7 @@ def install() -> None:
     with _lock:
         if is_installed():
             return
+        _refuse_inside_wrapped("install")
         owner = _owner()
         _originals.dispatch, _originals.context = owner.dispatch_attention_fn, owner.attention_backend
         _replace({_originals.dispatch: _dispatch_attention_fn, _originals.context: _attention_backend})
@@ -79,6 +81,7 @@ def uninstall() -> None:
     with _lock:
         if not is_installed():
             return
+        _refuse_inside_wrapped("uninstall")
         _replace({_dispatch_attention_fn: _originals.dispatch, _attention_backend: _originals.context})
         _originals.dispatch = _originals.context = None
 
@@ -145,14 +148,21 @@ def recorded() -> Iterator[list[Call]]:
 def wrapped(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """Context manager: Diffusers' models call ``wrap(f)`` where they would have called the dispatcher ``f``."""
     with _lock:
-        current = _dispatch_attention_fn if is_installed() else _owner().dispatch_attention_fn
+        current = _owner().dispatch_attention_fn
         outer = wrap(current)
         _replace({current: outer})
+        _originals.wrappers.append(outer)
     try:
         yield
     finally:
         with _lock:
+            _originals.wrappers.remove(outer)
             _replace({outer: current})
+
+
+def _refuse_inside_wrapped(what: str) -> None:
+    if _originals.wrappers:
+        raise RuntimeError(f"{what}() was called inside recorded() or wrapped(); call it outside, before or after")
 
 
 def as_compiled(call: Call) -> Call:
