@@ -45,6 +45,16 @@ def test_manifest(math_package: Path, switch_package: Path) -> None:
     assert json.loads(reader.read_string("extra/compiled_attn.json")) == content
 
 
+def test_host_features_are_those_that_the_code_may_use() -> None:
+    native = set(archive.host()["features"])
+    if not hasattr(torch._inductor.config.cpp, "march"):
+        pytest.skip("this torch has no cpp.march")
+    with torch._inductor.config.patch({"cpp.march": "x86-64-v3"}):
+        told = archive.host()
+    assert set(told["features"]) <= native & set(told["isa"].split())
+    assert native > set(told["features"])  # -march=native may use what Inductor's vector ISA does not name
+
+
 def test_manifest_lists_the_packages_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     from compiled_attn.registry import Package
 

@@ -4,6 +4,7 @@ Importing this package registers every operator; it imports no kernel library an
 """
 
 from . import export as export
+from . import integrations as integrations
 from . import ops as ops
 from .checks import set_checks
 from .compilation import checkpoint_context_fn, compile, precompile
@@ -11,12 +12,11 @@ from .dispatch import (
     attention,
     attention_with_lse,
     dispatch_attention_fn,
-    explain,
     varlen_attention,
     varlen_attention_with_lse,
-    why_not,
 )
 from .operators import Kernels
+from .questions import explain, why_not
 from .registry import Backend, backend_info, list_backends, register_backend
 from .spec import Limits
 from .state import (

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import compiled_attn
-from compiled_attn import registry
+from compiled_attn import checks, registry
 
 X = torch.randn(2, 6, 2, 8)
 
@@ -142,14 +142,18 @@ def test_switching_checks_on_compiles_once_more_and_off_again_is_free():
         ("DIFFUSERS_ATTN_CHECKS", "no", False),
     ],
 )  # fmt: skip
-def test_environment_variables(variable, value, expected):
+def test_environment_variables(variable, value, expected, monkeypatch):
+    for name in ("COMPILED_ATTN_CHECKS", "DIFFUSERS_ATTN_CHECKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    assert checks._from_environment() is expected
+
+
+def test_the_environment_is_read_at_import():
     code = "import compiled_attn; print(compiled_attn.registry.checks_enabled)"
-    names = ("COMPILED_ATTN_CHECKS", "DIFFUSERS_ATTN_CHECKS")
-    environment = {name: item for name, item in os.environ.items() if name not in names}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**environment, variable: value}, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == str(expected)
+    environment = {**os.environ, "DIFFUSERS_ATTN_CHECKS": "yes"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
 
 
 def test_set_checks_is_what_registry_says():

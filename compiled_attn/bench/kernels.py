@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Check and time everything; exit status 1 if a number is wrong."""
     device = torch.device(arguments.device)
-    shapes = SHAPES if device.type == "cuda" else SMALL
+    shapes: tuple[Shape, ...] = SHAPES if device.type == "cuda" else SMALL
     if arguments.shapes:
         shapes = tuple(shape for shape in shapes if shape.name in arguments.shapes)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import math
 import statistics
 import time
@@ -197,6 +198,7 @@ def sweep(prepared: Prepared, mode: str, compiler: str, steps: int, rounds: int,
 
 def _one(prepared: Prepared, row: Row, model: Any, counter: Counter, steps: int, turn: int) -> None:
     subject, graphs = prepared.subject, counter.graphs
+    gc.collect()  # compilers leave much garbage; its collection is not the cost of a swap
     with compiled_attn.attention_backend(row.backend):
         out, seconds = timed(lambda: subject(model))
         step = median_step(lambda: subject(model), steps)

@@ -37,7 +37,7 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     processor = platform.processor() or platform.machine()
-    return f"{processor} CPU, {torch.get_num_threads()} threads"
+    return f"{processor} CPU, {torch.get_num_threads()} thread(s)"
 
 
 def table(results: dict[str, Any]) -> str:

@@ -1,1 +1,3 @@
 """compiled_attn for the libraries of others."""
+
+from . import diffusers as diffusers

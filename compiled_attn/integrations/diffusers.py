@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from compiled_attn import dispatch, state
+from compiled_attn import dispatch, questions, state
 from compiled_attn.spec import Call
 
 _OWNER = "diffusers.models.attention_dispatch"
@@ -132,7 +132,7 @@ def recorded() -> Iterator[list[Call]]:
             extra = dict(given.pop("attention_kwargs", None) or {})
             for name in ("backend", "parallel_config"):
                 given.pop(name, None)
-            call = dispatch.call_of(**given, **extra)
+            call = questions.call_of(**given, **extra)
             if call not in calls:
                 calls[call] = None
                 found.append(call)
