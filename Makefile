@@ -3,6 +3,7 @@
 # make test-full  all tests; the result goes to docs/test-full.txt
 # make lint       ruff and mypy
 # make readme     write the backend table into README.md
+# make gpu        on a machine with a CUDA GPU: its tests, kernels at the shapes of real models, the demo at real width
 # make bench      what our dispatch costs; the numbers go to out/overhead.json
 #
 # Everything runs in .venv, set up once and again when pyproject.toml or constraints.txt change.
@@ -13,7 +14,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: demo test test-full lint readme bench clean
+.PHONY: demo test test-full gpu lint readme bench clean
 
 PYTHON3 ?= python3
 TORCH_INDEX ?=
@@ -47,6 +48,13 @@ test-full: $(READY)
 	status=0; $(PYTEST) -ra 2>&1 | tee out/test-full.log || status=$$?; \
 	{ $(PYTHON) -m compiled_attn machine; grep -v '%\]$$' out/test-full.log; } > docs/test-full.txt; \
 	exit $$status
+
+gpu: $(READY)
+	mkdir -p out
+	$(PYTHON) -m pytest -m gpu -n 8 -k "not flex" tests compile_tests
+	$(PYTHON) -m pytest -m gpu -n 8 tests/test_flex.py compile_tests/test_flex_compile.py
+	$(PYTHON) -m compiled_attn bench kernels --json out/kernels.json
+	$(PYTHON) -m compiled_attn demo --device cuda --output out/demo
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

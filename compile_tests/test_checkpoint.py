@@ -1,4 +1,4 @@
-"""Activation checkpointing: eager and compiled, under contexts and pins; the recomputation runs what the forward ran."""
+"""Activation checkpointing: eager and compiled, contexts and pins; the recomputation runs what the forward ran."""
 
 from __future__ import annotations
 

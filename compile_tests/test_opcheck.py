@@ -150,5 +150,5 @@ def test_opcheck_notices_a_wrong_fake():
     library.define("wrong(Tensor x) -> Tensor")
     library.impl("wrong", lambda x: x.double(), "CompositeExplicitAutograd")
     torch.library.register_fake("compiled_attn_tests::wrong", torch.empty_like, lib=library)
-    with pytest.raises(Exception, match="(?i)dtype"):
+    with pytest.raises(Exception, match=r"(?i)dtype"):
         torch.library.opcheck(torch.ops.compiled_attn_tests.wrong.default, (torch.randn(2),), test_utils=BACKWARD)

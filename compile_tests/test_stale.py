@@ -131,7 +131,9 @@ def test_the_fingerprint_is_in_the_key_of_the_compile_caches():
     try:
         config.cache_key_tag = "mine"
         compiled_attn.compile(lambda x: x)
-        assert config.cache_key_tag == ";".join(["mine", *[one for one in before.split(";") if "compiled_attn=" in one]])
+        assert config.cache_key_tag == ";".join(
+            ["mine", *[one for one in before.split(";") if "compiled_attn=" in one]]
+        )
         compiled_attn.compile(lambda x: x)
         assert config.cache_key_tag.count("compiled_attn=") == 1
     finally:

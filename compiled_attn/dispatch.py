@@ -263,6 +263,8 @@ def _dense(
     if compiling or _any_autocast():
         query, key, value = autocast(query, key, value)
     window = None if window_size is None else limited_window(window_size)
+    if scale is not None and scale <= 0.0:
+        query, scale = positive_scale(query, scale)
     process = torch.are_deterministic_algorithms_enabled()
     if deterministic is None:
         deterministic = process
@@ -327,6 +329,8 @@ def _varlen(
     if compiling or _any_autocast():
         query, key, value = autocast(query, key, value)
     window = None if window_size is None else limited_window(window_size)
+    if scale is not None and scale <= 0.0:
+        query, scale = positive_scale(query, scale)
     process = torch.are_deterministic_algorithms_enabled()
     if deterministic is None:
         deterministic = process
@@ -341,7 +345,7 @@ def _varlen(
     else:
         seen = (
             entry.number, query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype, query.device,
-            key.device, value.device, options,
+            key.device, value.device, options, "varlen",
         )  # fmt: skip
         if seen not in served:
             _check_new(seen, entry, query, key, value, options, True)
@@ -360,6 +364,14 @@ def _varlen(
         deterministic, save,
     )  # fmt: skip
     return out, lse
+
+
+def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores with a positive scale.
+
+    Flash kernels and cuDNN's scale the maximum of a row after they found it: NaN for a scale of 0 or -1 (H200).
+    """
+    return (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
 
 
 def _entry(backend: str | None, compiling: bool) -> Entry:

@@ -73,6 +73,10 @@ class Kernels:
 
     ``composite`` operators may leave ``backward`` to aten under autograd; ``switch`` still calls it.
     ``fake_state(q, dropout_p)`` is the empty twin of ``state``. ``random`` says that dropout draws numbers.
+
+    >>> import compiled_attn
+    >>> compiled_attn.Kernels(forward=lambda q, k, v, *rest: (v.clone(), None, None)).composite
+    False
     """
 
     forward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]

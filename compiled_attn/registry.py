@@ -45,6 +45,10 @@ class Backend:
     cannot be an operator's argument, such as a BlockMask. ``mask`` is then whatever the caller gave.
 
     ``delegate`` names the backend that serves a call at run time (used by ``switch``, whose backward must know).
+
+    >>> import compiled_attn
+    >>> compiled_attn.backend_info("native").summary
+    "scaled_dot_product_attention, PyTorch's own choice of kernel"
     """
 
     name: str
@@ -91,6 +95,13 @@ def register_backend(backend: Backend) -> None:
 
     Raises ValueError when the name is taken, is no identifier, or kernels and limits do not go together.
     A worked example is in ``docs/backends.md``.
+
+    >>> import compiled_attn
+    >>> compiled_attn.register_backend(compiled_attn.Backend("my-backend", "says what is missing"))
+    Traceback (most recent call last):
+    ValueError: cannot register backend 'my-backend':
+      the name is not an identifier; operators need one
+      it has neither dense nor varlen kernels
     """
     name = backend.name
     found = []

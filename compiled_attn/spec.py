@@ -66,6 +66,10 @@ class Limits:
     lengths are on the device: there the two are one when cu_seqlens_q and cu_seqlens_k are the same tensor.)
     ``verified`` says how the entry is known: "hardware" or "contract" (recorded signatures only).
     ``also`` holds rules that fit no field: functions from a Call to a reason, or None.
+
+    >>> import torch, compiled_attn
+    >>> compiled_attn.Limits(("cuda",), (torch.bfloat16,), max_head_dim=128, head_dim_multiple=8).window
+    False
     """
 
     devices: tuple[str, ...]

@@ -139,6 +139,11 @@ def _restore(slot: Slot, inner: str | None, context: str | None, outer: str | No
                 slot.runtime = _process_runtime()
 
 
+def _tracing() -> bool:
+    # Not is_compiling(): that flag is the process's, and a thread that compiles would mislead all the others.
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+
+
 def _process_runtime() -> str:
     return _runtime(_process.default)
 
@@ -161,7 +166,7 @@ class attention_backend:
     """
 
     def __init__(self, name: str) -> None:
-        if torch.compiler.is_compiling():
+        if _tracing():
             if name not in registry.BACKENDS:
                 raise registry.unknown(name)
         else:
@@ -171,7 +176,7 @@ class attention_backend:
     def __enter__(self) -> None:
         slot = _local.slot
         self.inner = slot.inner
-        self.in_trace = torch.compiler.is_compiling()
+        self.in_trace = _tracing()
         if self.in_trace:
             self.traced = slot.traced
             slot.inner = self.name
@@ -347,7 +352,7 @@ def _pinned_forward(module: nn.Module, original: Any, of_class: Any, *args: Any,
         return forward(*args, **kwargs)
     slot = _local.slot
     inner = slot.inner
-    if torch.compiler.is_compiling():
+    if _tracing():
         slot.inner = pin
         try:
             return forward(*args, **kwargs)

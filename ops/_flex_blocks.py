@@ -93,7 +93,7 @@ def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
     """Number of marked columns in each row (int32), and the columns, marked ones in front (int32)."""
     numbers = dense.to(torch.int32)
     order = torch.argsort(numbers, dim=-1, descending=True, stable=True)
-    return numbers.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
+    return numbers.sum(-1, dtype=torch.int32).contiguous(), order.to(torch.int32).contiguous()
 
 
 def _build(
@@ -231,11 +231,9 @@ def _once(mode: Any, func: Any, types: Any, args: tuple[Any, ...], kwargs: Any =
             parts.append(str(one))
     key = " ".join(parts)
     if key not in known.made:
-        if func is _op and args[-1].type != "cpu":
-            with mode:  # its body: Inductor fuses it, and packages need no Python
-                known.made[key] = _build(*args)
-        else:  # a CPU's FlexAttention needs its masks in memory
-            known.made[key] = mode.__torch_dispatch__(func, types, args, kwargs)
+        # Never its body instead: Inductor bakes the strides of block lists that it computes itself into its kernel
+        # before their layout is final (wrong numbers and illegal addresses on an H200, torch 2.11).
+        known.made[key] = mode.__torch_dispatch__(func, types, args, kwargs)
     return known.made[key]
 
 

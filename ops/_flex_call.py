@@ -98,6 +98,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, score_mod: Any, block_mask: Any, scale
             options["return_lse"] = True
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     grouped = True if q.shape[2] != k.shape[2] else False
+    if q.device.type == "cpu":
+        # Inductor's CPU template cannot unpack a view of a matrix product ("not enough values to unpack (expected 4,
+        # got 2)"), which is what a projection followed by unflatten is
+        q, k, v = copied(q), copied(k), copied(v)
     q, k, v = _bhsd(q, k, v)
     found: Any = module.flex_attention(
         q, k, v, score_mod=score_mod, block_mask=block_mask, scale=scale, enable_gqa=grouped, **options

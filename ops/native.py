@@ -181,8 +181,18 @@ def _cudnn_rules(call: Call) -> str | None:
     """Calls whose plan cuDNN cannot build: the second identical one would crash the process."""
     if max(call.query[-1], call.value[-1]) > 128 and call.capability is not None and call.capability < (9, 0):
         return f"head_dim={call.query[-1]} over 128 needs compute capability (9, 0), not {call.capability}"
-    if call.gradient and call.query[-3] == 1 and call.key[-3] == 1:
-        return "has no backward for Sq == Sk == 1"
+    if call.gradient and call.key[-3] == 1:
+        # no plan for Sq == 1; with a bias and Sq == 17, dQ off by 10 (cuDNN 9.19)
+        return "has no right backward for Sk == 1"
+    return None
+
+
+def _flash_rules(call: Call) -> str | None:
+    """FlashAttention-2 takes a window that reaches past the last key for an open one, which rows with Sq > Sk see."""
+    if call.window is not None and call.window[1] >= call.key[-3] and call.query[-3] > call.key[-3] and not call.causal:
+        return (
+            f"has no window of {call.window} when Sq > Sk ({call.query[-3]} > {call.key[-3]}) and its right part >= Sk"
+        )
     return None
 
 
@@ -237,7 +247,7 @@ register_backend(
         limits=(
             Limits(
                 ("cuda",), (torch.bfloat16, torch.float16), min_capability=(8, 0), max_head_dim=256,
-                alignments=(LOWER_RIGHT,), window=True, dropout=True, deterministic="global",
+                alignments=(LOWER_RIGHT,), window=True, dropout=True, deterministic="global", also=(_flash_rules,),
             ),
             Limits(("cpu",), ANY_DTYPE, masks=ALL_MASKS, window=True),
         ),

@@ -206,9 +206,7 @@ def measured(call: Any, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
 def expectations(arguments: dict[str, Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What the float64 reference and the yardstick make of ``arguments``."""
     known = {name: value for name, value in arguments.items() if name not in ("enable_gqa", "backend")}
-    double = {
-        name: known[name].detach().double().requires_grad_() for name in ("query", "key", "value")
-    }
+    double = {name: known[name].detach().double().requires_grad_() for name in ("query", "key", "value")}
     # the same cotangent for all three: drawn in the low dtype, then promoted
     out, lse = reference.attention(**{**known, **double})
     torch.manual_seed(1)

@@ -22,7 +22,9 @@ def _checked():
 
 
 def spoiled(value: float) -> torch.Tensor:
-    return X.clone().index_put_((torch.tensor(0), torch.tensor(1), torch.tensor(0), torch.tensor(3)), torch.tensor(value))
+    return X.clone().index_put_(
+        (torch.tensor(0), torch.tensor(1), torch.tensor(0), torch.tensor(3)), torch.tensor(value)
+    )
 
 
 DENSE = {
@@ -106,9 +108,7 @@ def test_varlen_values_and_good_lengths():
 def test_compiled_code_keeps_the_checks(how, training):
     """An operator without outputs would vanish from AOT graphs; the message comes through whole."""
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda x, mask: compiled_attn.attention(x, x, x, mask).sin(), fullgraph=True, backend=how
-    )
+    compiled = torch.compile(lambda x, mask: compiled_attn.attention(x, x, x, mask).sin(), fullgraph=True, backend=how)
     x = X.clone().requires_grad_(training)
     for mask in (GOOD["numbers"], GOOD["zeros"]):
         out = compiled(x, mask.expand(2, 2, 6, 6).contiguous())

@@ -31,9 +31,7 @@ NARROW = Limits(
     gradient=False,
     also=(lambda call: "is closed today" if call.query[0] == 2 else None,),
 )
-compiled_attn.register_backend(
-    compiled_attn.Backend("tmp_narrow", "refuses", (NARROW,), Kernels(stand_in.forward))
-)
+compiled_attn.register_backend(compiled_attn.Backend("tmp_narrow", "refuses", (NARROW,), Kernels(stand_in.forward)))
 NEEDY = Package("no_such_module_at_all", "no-such-distribution", install="ask for it")
 compiled_attn.register_backend(
     compiled_attn.Backend(
@@ -138,7 +136,7 @@ def test_a_call_is_refused_every_time(checked_before):
             compiled_attn.attention(X, X, X, torch.ones(2, 1, 8, 8, dtype=torch.bool), backend="stand_in")
         with pytest.raises(ValueError, match="enable_gqa"):
             compiled_attn.attention(X, X[:, :, :2], X[:, :, :2], backend="stand_in")
-        with pytest.raises(ValueError, match="dropout_p=1.5"):
+        with pytest.raises(ValueError, match=r"dropout_p=1\.5"):
             compiled_attn.attention(X, X, X, backend="stand_in", dropout_p=1.5)
         with pytest.raises(ValueError, match="dtypes"):
             compiled_attn.attention(X, X, X.double(), backend="stand_in")
@@ -245,7 +243,7 @@ def test_why_not_knows_the_missing_packages():
 
 def test_an_inference_only_backend_refuses_gradients():
     leaf = X.clone().requires_grad_()
-    with pytest.raises(NotImplementedError, match="is inference-only; use torch.no_grad"):
+    with pytest.raises(NotImplementedError, match=r"is inference-only; use torch\.no_grad"):
         compiled_attn.attention(leaf, X, X, backend="tmp_inference")
     with torch.no_grad():
         actual = compiled_attn.attention(leaf, X, X, backend="tmp_inference")

@@ -50,7 +50,5 @@ def test_examples_run(name):
 def test_examples_are_found():
     """An empty run would pass above."""
     finder = doctest.DocTestFinder(exclude_empty=True)
-    examples = sum(
-        len(found.examples) for name in MODULES for found in finder.find(importlib.import_module(name))
-    )
+    examples = sum(len(found.examples) for name in MODULES for found in finder.find(importlib.import_module(name)))
     assert examples > 50

@@ -165,9 +165,7 @@ def test_empty_rows_under_a_causal_mask(q_length):
     causal = torch.ones(q_length, 7, dtype=torch.bool).tril()
     expected = ~(padding & causal).any(-1, keepdim=True)
     torch.testing.assert_close(masks.empty_causal_rows(padding, q_length), expected)
-    torch.testing.assert_close(
-        masks.empty_causal_rows(masks.additive(padding, torch.float32), q_length), expected
-    )
+    torch.testing.assert_close(masks.empty_causal_rows(masks.additive(padding, torch.float32), q_length), expected)
 
 
 @pytest.mark.parametrize("trial", range(5))

@@ -96,7 +96,8 @@ def test_layouts_of_masks(backend, device, kind, layout):
     dtype = own_dtype(backend, device)
     mask = (torch.rand(shape) > 0.4 if kind == "bool" else torch.randn(shape).to(dtype)).to(device)
     mask = {
-        "transposed": lambda: mask.transpose(2, 3), "strided_keys": lambda: mask[..., ::2], "offset": lambda: mask[..., 7:],
+        "transposed": lambda: mask.transpose(2, 3), "strided_keys": lambda: mask[..., ::2],
+        "offset": lambda: mask[..., 7:],
     }.get(layout, lambda: mask.expand(2, 4, 17, 33))()  # fmt: skip
     verify(backend, Case(device, dtype, options={"attn_mask": mask}))
 
@@ -221,7 +222,7 @@ def test_dropout_is_honoured_or_refused(backend, device, positions):
         torch.manual_seed(5)
         torch.testing.assert_close(one, compiled_attn.attention(query, query, value, dropout_p=0.5, **options))
     spread = first.double().std()
-    assert 0.01 < spread, "nothing was dropped"
+    assert spread > 0.01, "nothing was dropped"
     # 4 heads x 64 rows, each a mean of weights that are 0 or doubled
     torch.testing.assert_close(first.double().mean().item(), 1.0, atol=0.15, rtol=0)
 

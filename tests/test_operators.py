@@ -37,9 +37,7 @@ def test_gradcheck_of_dense_backends(backend, mask, active):
         "gqa": {"enable_gqa": True},
     }[mask]
     with compiled_attn.attention_backend(active):
-        assert torch.autograd.gradcheck(
-            lambda *x: compiled_attn.attention(*x, **options, backend=backend), inputs
-        )
+        assert torch.autograd.gradcheck(lambda *x: compiled_attn.attention(*x, **options, backend=backend), inputs)
 
 
 @pytest.mark.parametrize("backend", DENSE)
@@ -88,7 +86,11 @@ def test_double_backward_of_native_math_is_right():
 
 @pytest.mark.parametrize("name", ["stand_in", "switch", "native_varlen", "_native_flash_varlen", "switch_varlen"])
 def test_a_raw_operator_without_lse_raises_in_backward(name):
-    x = torch.randn(4, 2, 8, requires_grad=True) if name.endswith("varlen") else torch.randn(1, 4, 2, 8).requires_grad_()
+    x = (
+        torch.randn(4, 2, 8, requires_grad=True)
+        if name.endswith("varlen")
+        else torch.randn(1, 4, 2, 8).requires_grad_()
+    )
     lengths = torch.tensor([0, 4], dtype=torch.int32)
     structure = (lengths, lengths, 4, 4) if name.endswith("varlen") else ()
     out, lse, _ = getattr(torch.ops.compiled_attn, name).v1(x, x, x, *structure)
@@ -267,9 +269,7 @@ def test_every_schema_is_one_of_two_and_versioned():
             if op is None:
                 continue
             assert op._overloadname == operators.VERSION
-            assert str(op._schema).split("(", 1)[1] == str(
-                torch._C.parse_schema(f"x{schema}")
-            ).split("(", 1)[1]
+            assert str(op._schema).split("(", 1)[1] == str(torch._C.parse_schema(f"x{schema}")).split("(", 1)[1]
 
 
 @pytest.mark.parametrize("name", ["stand_in", "switch"])

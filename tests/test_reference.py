@@ -85,9 +85,7 @@ def test_causal_and_window(lengths, alignment, window, causal):
         inside = (left < 0 or j >= position - left) and (right < 0 or j <= position + right)
         return inside and (not causal or j <= position)
 
-    compare(
-        *tensors(2, *lengths), allowed, is_causal=causal, causal_alignment=alignment, window_size=window
-    )
+    compare(*tensors(2, *lengths), allowed, is_causal=causal, causal_alignment=alignment, window_size=window)
 
 
 def test_bool_mask_with_empty_rows():
@@ -105,9 +103,7 @@ def test_float_mask_with_minus_infinity():
 
 def test_key_padding_with_causal():
     padding = torch.tensor([[False, False, True, True, False, True], [False] * 6])
-    compare(
-        *tensors(), lambda b, h, i, j: bool(padding[b, j]) and j <= i, key_padding_mask=padding, is_causal=True
-    )
+    compare(*tensors(), lambda b, h, i, j: bool(padding[b, j]) and j <= i, key_padding_mask=padding, is_causal=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "causal_alignment": "lower_right"}], ids=str)

@@ -220,7 +220,9 @@ def test_two_threads_100_000_calls_none_wrong():
 def _run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     names = ("COMPILED_ATTN_BACKEND", "DIFFUSERS_ATTN_BACKEND")
     environment = {name: value for name, value in os.environ.items() if name not in names}
-    return subprocess.run([sys.executable, "-c", code], env={**environment, **variables}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**environment, **variables}, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -245,8 +247,7 @@ def test_environment_variables_name_the_default(variables, expected, monkeypatch
 @pytest.mark.parametrize("variable", ["DIFFUSERS_ATTN_BACKEND"])
 def test_an_unknown_name_in_the_environment_is_an_error_at_first_use(variable):
     code = (
-        "import torch, compiled_attn; print('imported'); x = torch.ones(1, 4, 2, 8)\n"
-        "compiled_attn.attention(x, x, x)"
+        "import torch, compiled_attn; print('imported'); x = torch.ones(1, 4, 2, 8)\ncompiled_attn.attention(x, x, x)"
     )
     done = _run(code, **{variable: "_native_mth"})
     assert done.stdout.strip() == "imported"
@@ -624,7 +625,10 @@ def test_switch_reaches_packed_sequences():
 
 
 def test_switch_refuses_what_its_backend_cannot():
-    with attention_backend("stand_in"), pytest.raises(NotImplementedError, match="'stand_in', active when 'switch' ran") as no:
+    with (
+        attention_backend("stand_in"),
+        pytest.raises(NotImplementedError, match="'stand_in', active when 'switch' ran") as no,
+    ):
         attention(X, X, X, window_size=(1, 1), attn_mask=torch.ones(1, 1, 4, 4), backend="switch")
     assert "has no sliding window" in str(no.value)
     assert "not a float mask" in str(no.value)

@@ -110,9 +110,7 @@ def test_scale_and_widths(backend, device, scale, widths):
     limits = limits_on(backend, device, varlen=True)
     assert limits is not None
     width, value_width = widths
-    verify(
-        backend, packed("uneven", limits.dtypes[0], device, width=width, value_width=value_width), {"scale": scale}
-    )
+    verify(backend, packed("uneven", limits.dtypes[0], device, width=width, value_width=value_width), {"scale": scale})
 
 
 @on_every_backend
