@@ -64,7 +64,8 @@ class Limits:
     ``torch.use_deterministic_algorithms(True)`` makes it so; or "never".
     ``alignments`` are the causal and window alignments served when Sq != Sk; with Sq == Sk both are one. (Packed
     lengths are on the device: there the two are one when cu_seqlens_q and cu_seqlens_k are the same tensor.)
-    ``verified`` says how the entry is known: "hardware" or "contract" (recorded signatures only).
+    ``verified`` says how the entry is known: "hardware", "contract" (recorded signatures
+    only) or "not run".
     ``also`` holds rules that fit no field: functions from a Call to a reason, or None.
 
     >>> import torch, compiled_attn

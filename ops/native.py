@@ -6,6 +6,7 @@ torch.export forgets it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -196,49 +197,41 @@ def _flash_rules(call: Call) -> str | None:
     return None
 
 
-_ACCELERATORS = ("cuda", "xpu", "mps")
-_EVERYWHERE = ("cpu", *_ACCELERATORS)
+def _everywhere(limits: Limits, on_accelerators: str) -> tuple[Limits, ...]:
+    """Limits of a CPU, and the same on CUDA and on devices that nobody ran this on."""
+    cuda = replace(limits, devices=("cuda",), deterministic=on_accelerators)
+    return limits, cuda, replace(cuda, devices=("xpu", "mps"), verified="not run")
+
+
+_DENSE = Limits(
+    ("cpu",), ANY_DTYPE, value_head_dim=True, masks=ALL_MASKS, mask_gradient=True, window=True, dropout=True
+)
 
 register_backend(
     Backend(
         "native",
         "scaled_dot_product_attention, PyTorch's own choice of kernel",
         family="PyTorch",
-        limits=(
-            Limits(
-                ("cpu",), ANY_DTYPE, value_head_dim=True, masks=ALL_MASKS, mask_gradient=True, window=True,
-                dropout=True,
-            ),
-            Limits(
-                _ACCELERATORS, ANY_DTYPE, value_head_dim=True, masks=ALL_MASKS, mask_gradient=True, window=True,
-                dropout=True, deterministic="global",
-            ),
-        ),
+        limits=_everywhere(_DENSE, "global"),
         dense=Kernels(native_forward, composite=True, random=True),
-        varlen_limits=(
-            Limits(("cpu",), ANY_DTYPE, window=True),
-            Limits(_ACCELERATORS, ANY_DTYPE, window=True, deterministic="global"),
-        ),
+        varlen_limits=_everywhere(Limits(("cpu",), ANY_DTYPE, window=True), "global"),
         varlen=Kernels(native_varlen_forward, native_varlen_backward),
         delegate=native_choice,
     )
-)  # fmt: skip
+)
 register_backend(
     Backend(
         "_native_math",
         "plain matrix products and softmax, in float32 or better; O(Sq * Sk) memory",
         family="PyTorch",
-        limits=(
-            Limits(
-                _EVERYWHERE, ANY_DTYPE, value_head_dim=True, masks=ALL_MASKS, mask_gradient=True, window=True,
-                dropout=True,
-            ),
-        ),
+        limits=_everywhere(_DENSE, "always"),
         dense=KERNELS["_native_math"],
-        varlen_limits=(Limits(_EVERYWHERE, ANY_DTYPE, value_head_dim=True, window=True, dropout=True),),
+        varlen_limits=_everywhere(
+            Limits(("cpu",), ANY_DTYPE, value_head_dim=True, window=True, dropout=True), "always"
+        ),
         varlen=VARLEN_KERNELS["_native_math"],
     )
-)  # fmt: skip
+)
 register_backend(
     Backend(
         "_native_flash",

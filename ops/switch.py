@@ -11,6 +11,7 @@ inside backward, unless ``compiled_attn.checkpoint_context_fn`` brings the backe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -136,14 +137,15 @@ def _fake_state(q: Tensor, dropout_p: float) -> Tensor:
 
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)
-_ANY = Limits(
-    ("cpu", "cuda", "xpu", "mps", "npu", "xla", "meta"),
+_RUN = Limits(
+    ("cpu", "cuda"),
     (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     value_head_dim=True,
     masks=("none", "key_padding", "bool", "float"),
     mask_gradient=True,
     window=True,
 )
+_LIMITS = (_RUN, replace(_RUN, devices=("xpu", "mps", "npu", "xla"), verified="not run"))
 
 # No dropout: the random state lives on the device, `state` on the CPU.
 register_backend(
@@ -151,9 +153,9 @@ register_backend(
         "switch",
         "looks its backend up when it runs: one graph for all",
         family="ours",
-        limits=(_ANY,),
+        limits=_LIMITS,
         dense=Kernels(_forward, _backward, fake_state=_fake_state, tags=_TAGS),
-        varlen_limits=(_ANY,),
+        varlen_limits=_LIMITS,
         varlen=Kernels(_varlen_forward, _varlen_backward, fake_state=_fake_state, tags=_TAGS),
     )
 )
