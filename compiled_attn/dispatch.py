@@ -260,7 +260,8 @@ def _dense(
     mask, key_padding, kind = None, None, "none"
     if attn_mask is not None or key_padding_mask is not None:
         mask, key_padding, kind = prepared_masks(query, key, attn_mask, key_padding_mask)
-    if compiling or _any_autocast():
+    under_autocast = not compiling and _any_autocast()
+    if compiling or under_autocast:
         query, key, value = autocast(query, key, value)
     window = None if window_size is None else limited_window(window_size)
     if scale is not None and scale <= 0.0:
@@ -292,7 +293,7 @@ def _dense(
             query, key, value, mask, key_padding, dropout_p, causal, scale, gqa, window, deterministic, return_lse
         )
     # (under autocast the operator, which switches it off round the kernel's own matrix products)
-    if entry.eager is not None and not compiling and not _any_autocast():
+    if entry.eager is not None and not compiling and not under_autocast:
         out, lse, _ = entry.eager(
             query, key, value, mask, key_padding, dropout_p, causal, scale, gqa, window, deterministic, return_lse
         )

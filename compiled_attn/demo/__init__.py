@@ -59,11 +59,16 @@ def main(arguments: argparse.Namespace) -> int:
     finally:
         torch.set_num_threads(threads)
     output = Path(arguments.output)
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    _save(results, output)
     report.picture(results, output / "results.png")
     print(json.dumps(results, indent=1) if arguments.json else report.table(results))
     print(f"saved in {output}: results.json, results.png", file=sys.stderr)
     return 1 if results["failures"] else 0
+
+
+def _save(results: dict[str, Any], output: Path) -> None:
+    """Also after each stage: on a GPU the whole takes minutes, and an interrupted run keeps what it measured."""
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -110,8 +115,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for one in prepared:
             results["models"].append(_model(one, arguments, compiler, bar))
             results["failures"] += results["models"][-1].pop("failures")
+            _save(results, Path(arguments.output))
         bar.set_description("package")
         results["package"] = _package(prepared[0], results, arguments)
+        _save(results, Path(arguments.output))
         if gpu if arguments.diffusers_swap is None else arguments.diffusers_swap:
             bar.set_description("Diffusers' own swap")
             for one in prepared:
@@ -124,6 +131,8 @@ def _model(one: measure.Prepared, arguments: argparse.Namespace, compiler: str, 
     def progress(text: str) -> None:
         bar.set_postfix_str(text)
         bar.update()
+        if bar.disable:  # no terminal: a line for each step, for whoever reads the log
+            print(f"{one.subject.name}: {text}", file=sys.stderr, flush=True)
 
     rows, found = [], []
     if not one.backends:
