@@ -39,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gqa", action="store_true", help="enable_gqa=True")
     parser.add_argument("--window", type=_window, metavar="L,R", help="window_size, -1 = unlimited")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="dropout_p")
-    parser.add_argument("--scale", type=float, help="scale")
     parser.add_argument("--lse", action="store_true", help="attention_with_lse")
     parser.add_argument("--gradient", action="store_true", help="query, key or value requires a gradient")
     parser.add_argument("--deterministic", action="store_true", help="deterministic=True")
@@ -90,7 +89,6 @@ def call_of(arguments: argparse.Namespace) -> Call:
         gqa=arguments.gqa,
         window=None if arguments.window == (-1, -1) else arguments.window,
         dropout_p=arguments.dropout,
-        scale=arguments.scale,
         deterministic=arguments.deterministic or arguments.deterministic_algorithms,
         globally_deterministic=arguments.deterministic_algorithms,
         lse=arguments.lse,

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import registry
-from .state import attention_backend, pin_of, recompute, set_attention_backend
+from .state import attention_backend, pin_of, pin_put_back, recompute, set_attention_backend
 
 # torch's own limit is 8 graphs for each function; there are more backends than that.
 RECOMPILE_LIMIT = 64
@@ -62,7 +62,7 @@ def precompile(model: Any, backends: Iterable[str], *args: Any, **kwargs: Any) -
     """
     names = [registry.usable(name) for name in backends]
     pinned = pin_of(model) if isinstance(model, nn.Module) else None
-    try:
+    with contextlib.nullcontext() if pinned is None else pin_put_back(model):
         for name in (progress := tqdm(names, desc="precompile", unit="backend")):
             progress.set_postfix_str(name)
             if pinned is None:
@@ -71,9 +71,6 @@ def precompile(model: Any, backends: Iterable[str], *args: Any, **kwargs: Any) -
             else:
                 set_attention_backend(model, name)
                 model(*args, **kwargs)
-    finally:
-        if pinned is not None:
-            set_attention_backend(model, pinned)
 
 
 def checkpoint_context_fn() -> tuple[Any, Any]:

@@ -264,7 +264,7 @@ def _dense(
     if compiling or under_autocast:
         query, key, value = autocast(query, key, value)
     window = None if window_size is None else limited_window(window_size)
-    if scale is not None and scale <= 0.0:
+    if scale is not None and scale <= 0.0 and query.is_floating_point():
         query, scale = positive_scale(query, scale)
     process = torch.are_deterministic_algorithms_enabled()
     if deterministic is None:
@@ -330,7 +330,7 @@ def _varlen(
     if compiling or _any_autocast():
         query, key, value = autocast(query, key, value)
     window = None if window_size is None else limited_window(window_size)
-    if scale is not None and scale <= 0.0:
+    if scale is not None and scale <= 0.0 and query.is_floating_point():
         query, scale = positive_scale(query, scale)
     process = torch.are_deterministic_algorithms_enabled()
     if deterministic is None:
@@ -403,7 +403,7 @@ def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def _position_bits(is_causal: bool, alignment: str) -> int:
@@ -411,7 +411,7 @@ def _position_bits(is_causal: bool, alignment: str) -> int:
 
 
 def limited_window(window_size: Any) -> tuple[int, int] | None:
-    if len(window_size) != 2:
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2 or None in window_size:
         raise ValueError(f"window_size={window_size!r} must be (left, right), -1 = unlimited")
     left, right = window_size
     return None if left == -1 and right == -1 else (left, right)

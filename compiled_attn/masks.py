@@ -84,7 +84,7 @@ def _shape_mistakes(mask: Tensor, batch: int, heads: int, q_length: int, k_lengt
     if len(shape) == 3:
         if not _fits(shape, (batch, q_length, k_length), (True, False, False)):
             return [f"attn_mask has shape {shape}, expected (B, Sq, Sk) = {(batch, q_length, k_length)}"]
-        if batch == heads and batch != 1:
+        if batch == heads and batch != 1 and shape[0] != 1:
             return [
                 f"attn_mask with shape {shape} could be (B, Sq, Sk) or (H, Sq, Sk), as B == H == {batch}; "
                 "give 4-D: mask[:, None] for (B, 1, Sq, Sk) or mask[None] for (1, H, Sq, Sk)"
@@ -116,7 +116,7 @@ def positions(
     columns = torch.arange(k_length, device=device)[None, :]
     left, right = (-1, -1) if window is None else window
     if causal & CAUSAL:
-        right = 0 if right < 0 else min(right, 0)
+        right = 0
     keep = None
     if right >= 0:
         keep = columns <= rows + right

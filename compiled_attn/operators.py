@@ -109,6 +109,11 @@ def define(name: str, kernels: Kernels, varlen: bool = False) -> torch._ops.OpOv
     return getattr(getattr(torch.ops.compiled_attn, base), VERSION)
 
 
+def is_defined(base: str) -> bool:
+    """Whether ``compiled_attn::<base>`` exists: an operator cannot be defined twice, nor taken back."""
+    return hasattr(torch.ops.compiled_attn, base)
+
+
 def expected_shapes(q: Tensor, v: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of out and lse: (B, Sq, H, Dv) and (B, H, Sq); packed (T, H, Dv) and (H, T)."""
     out = (*q.shape[:-1], v.shape[-1])

@@ -30,6 +30,8 @@ def call_of(
 ) -> Call:
     """The :class:`Call` that :func:`attention` would make of these arguments; packed inputs are (T, H, D)."""
     varlen = query.dim() == 3
+    if varlen and (attn_mask is not None or key_padding_mask is not None):
+        raise ValueError("varlen_attention takes no attn_mask and no key_padding_mask: cu_seqlens say it all")
     mask, _, kind = (
         prepared_masks(query, key, attn_mask, key_padding_mask)
         if attn_mask is not None or key_padding_mask is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import importlib.util
+import keyword
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,9 @@ class Backend:
     ``traced(q, k, v, mask, key_padding, dropout_p, causal, scale, gqa, window, deterministic, return_lse)``
     returns ``(out, lse)`` and, where ``takes_traced(call)`` is true, is called instead of the operator: for what
     cannot be an operator's argument, such as a BlockMask. ``mask`` is then whatever the caller gave.
+
+    ``switchable=False`` keeps it from being chosen by ``switch``, as does a ``state`` (``Kernels.fake_state``): switch
+    brings its own.
 
     ``delegate`` names the backend that serves a call at run time (used by ``switch``, whose backward must know).
 
@@ -94,7 +98,7 @@ def register_backend(backend: Backend) -> None:
     """Register ``backend`` under ``backend.name`` and define its operators.
 
     Raises ValueError when the name is taken, is no identifier, or kernels and limits do not go together.
-    A worked example is in ``docs/backends.md``.
+    A worked example is ``examples/backend.py``.
 
     >>> import compiled_attn
     >>> compiled_attn.register_backend(compiled_attn.Backend("my-backend", "says what is missing"))
@@ -105,12 +109,17 @@ def register_backend(backend: Backend) -> None:
     """
     name = backend.name
     found = []
-    if not name.isidentifier():
+    if not (name.isidentifier() and name.isascii()) or keyword.iskeyword(name):
         found.append("the name is not an identifier; operators need one")
     if name in BACKENDS:
         found.append("the name is taken; list_backends() has all names")
     if name.endswith(("_backward", "_varlen_varlen")):
         found.append("the name ends like an operator that backends get by themselves")
+    for kernels, base in ((backend.dense, name), (backend.varlen, f"{name}_varlen")):
+        if kernels is not None and name not in BACKENDS and operators.is_defined(base):
+            found.append(f"operator {base!r} is taken, by another backend or by this library")
+    if (backend.traced is None) != (backend.takes_traced is None):
+        found.append("traced and takes_traced must be given together")
     if backend.dense is None and backend.varlen is None:
         found.append("it has neither dense nor varlen kernels")
     for which, kernels, limits in (

@@ -46,7 +46,6 @@ class Call:
     gqa: bool = False
     window: tuple[int, int] | None = None
     dropout_p: float = 0.0
-    scale: float | None = None
     deterministic: bool = False
     globally_deterministic: bool = False
     lse: bool = False

@@ -10,11 +10,13 @@ attributes in ``__init__`` (a class-level default is silently stale in compiled 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -277,6 +279,20 @@ def pin_of(module: nn.Module) -> str | None:
     return _unwrapped(module).__dict__.get(_PIN)
 
 
+@contextlib.contextmanager
+def pin_put_back(module: nn.Module) -> Iterator[None]:
+    """Inside, the pin of ``module`` may be set; afterwards it is as before, its own or a parent's."""
+    module = _unwrapped(module)
+    saved = {key: module.__dict__[key] for key in (_OWN, _UNPROVEN) if key in module.__dict__}
+    try:
+        yield
+    finally:
+        for key in (_OWN, _UNPROVEN):
+            module.__dict__.pop(key, None)
+        module.__dict__.update(saved)
+        _spread(module, module.__dict__.get(_FROM_PARENT))
+
+
 class AttentionBackendMixin:
     """Gives a module class the two methods that users of Diffusers know.
 
@@ -311,17 +327,22 @@ def _spread(module: nn.Module, from_parent: str | None) -> None:
     compiled_wrapper = "_orig_mod" in module._modules
     pinned = own is not None or _PIN in module.__dict__  # a container of torch.nn can be pinned itself
     if pinned or not (compiled_wrapper or type(module).__module__.startswith("torch.nn")):
-        _install(module, pin, from_parent)
+        _install(module, pin)
+    # also on containers, which have no pin: their children go back to this one when a pin of the container goes
+    if from_parent is None:
+        module.__dict__.pop(_FROM_PARENT, None)
+    else:
+        module.__dict__[_FROM_PARENT] = from_parent
     for child in module.children():
         _spread(child, pin)
 
 
-def _install(module: nn.Module, pin: str | None, from_parent: str | None) -> None:
+def _install(module: nn.Module, pin: str | None) -> None:
     state = module.__dict__
     forward = state.get("forward")
     ours = isinstance(forward, functools.partial) and forward.func is _pinned_forward
     if pin is not None:
-        state[_PIN], state[_FROM_PARENT] = pin, from_parent
+        state[_PIN] = pin
         if not ours:
             kept = state.get(_FORWARD)
             if kept is None or kept.args[1] is not forward:
@@ -342,7 +363,6 @@ def _install(module: nn.Module, pin: str | None, from_parent: str | None) -> Non
             state[_PIN] = None
     elif _PIN in state:
         state[_PIN] = None  # somebody wrapped our forward; without a pin it passes through
-    state.pop(_FROM_PARENT, None)
 
 
 def _pinned_forward(module: nn.Module, original: Any, of_class: Any, *args: Any, **kwargs: Any) -> Any:

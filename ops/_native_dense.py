@@ -49,14 +49,15 @@ def _math_mask(q: Tensor, k: Tensor, mask: Any, key_padding: Any, causal: int, w
 def _math_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """(B, Hk, G, Sq, Sk) masked scores; key and value heads are broadcast over their group, not copied."""
     heads, key_heads = q.shape[2], k.shape[2]
-    by_group = q.transpose(1, 2).unflatten(1, (key_heads, heads // key_heads))
+    group = heads // max(key_heads, 1)
+    by_group = q.transpose(1, 2).unflatten(1, (key_heads, group))
     scores = (by_group @ k.transpose(1, 2).unsqueeze(2).transpose(-1, -2)) * scale
     if mask is None:
         return scores
     if mask.shape[1] == 1:
         mask = mask.unsqueeze(2)
     else:
-        mask = mask.unflatten(1, (key_heads, heads // key_heads))
+        mask = mask.unflatten(1, (key_heads, group))
     return scores + masks.additive(mask, scores.dtype)
 
 
@@ -96,7 +97,7 @@ def math_backward(
     """dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = dS K, dK = dS^T Q (Dao et al. 2022, appendix B.2)."""
     full = _math_mask(q, k, mask, key_padding, causal, window)
     high_q, high_k, high_v, high_out, high_grad = _upcast(q, k, v, out, grad_out)
-    group = (k.shape[2], q.shape[2] // k.shape[2])
+    group = (k.shape[2], q.shape[2] // max(k.shape[2], 1))
     weights, _ = _math_weights(_math_scores(high_q, high_k, full, resolved_scale(q, scale)))
     upstream = high_grad.transpose(1, 2).unflatten(1, group)
     delta = (upstream * high_out.transpose(1, 2).unflatten(1, group)).sum(-1, keepdim=True)

@@ -36,7 +36,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, None]
 
 def _is_empty(q: Tensor, k: Tensor) -> bool:
     """The kernels refuse Sq == 0 and Sk == 0."""
-    return q.shape[0] == 0 or q.shape[-3] == 0 or k.shape[-3] == 0
+    return q.numel() == 0 or k.shape[-3] == 0
 
 
 def _nothing(q: Tensor, v: Tensor) -> Result:

@@ -52,8 +52,13 @@ def native_forward(
     return_lse: bool = False,
 ) -> Forward:  # fmt: skip
     """scaled_dot_product_attention: PyTorch chooses, in compiled code on the machine that lowers the graph."""
+    if causal & ALIGN_LOWER_RIGHT and q.shape[1] == k.shape[1]:
+        causal &= CAUSAL  # one and the same, and a kernel's own mode
     if return_lse:
-        forward = KERNELS[native_choice(q, k, v, mask, key_padding, causal, scale, window)].forward
+        name = native_choice(q, k, v, mask, key_padding, causal, scale, window)
+        if dropout_p > 0.0 and name == "_native_flash" and not q.is_cuda:
+            name = "_native_math"  # the CPU's flash kernel has no dropout
+        forward = KERNELS[name].forward
         return forward(q, k, v, mask, key_padding, dropout_p, causal, scale, gqa, window, deterministic, True)  # type: ignore[return-value]
     if q.numel() == 0 or k.numel() == 0:  # is_empty, without a call
         return math_forward(q, k, v, mask, key_padding, 0.0, causal, scale, gqa, window)
@@ -117,6 +122,8 @@ def native_choice(
     q: Tensor, k: Tensor, v: Tensor, mask: Any, key_padding: Any, causal: int, scale: float | None, window: Any
 ) -> str:
     """The pinned backend that PyTorch's choice for this call amounts to, for calls that need lse."""
+    if causal & ALIGN_LOWER_RIGHT and q.shape[1] == k.shape[1]:
+        causal &= CAUSAL
     if is_empty(q, k) or window is not None or causal & ALIGN_LOWER_RIGHT or q.device.type == "meta":
         return "_native_math"
     bias = additive_bias(q, mask, key_padding)

@@ -70,6 +70,9 @@ def _check(entry: Entry, tensors: tuple[Tensor, ...], kind: str, options: tuple[
         varlen=q.dim() == 3,
     )
     found = registry.unavailable(entry.backend.name) + registry.refusal(entry, call)
+    kernels = entry.backend.varlen if call.varlen else entry.backend.dense
+    if not entry.backend.switchable or (kernels is not None and kernels.fake_state is not None):
+        found.append("be chosen at run time: its backward needs a state of its own, or it says switchable=False")
     if found:
         raise NotImplementedError(report(f"backend '{entry.backend.name}', active when 'switch' ran, cannot:", found))
     registry.remember(seen)
@@ -81,42 +84,43 @@ def _kind(mask: Tensor | None, key_padding: Tensor | None) -> str:
     return "bool" if mask.dtype == torch.bool else "float"
 
 
-_DENSE_OPTIONS = (0.0, 0, None, False, None, False, False)
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, key_padding: Any = None, *rest: Any) -> Any:
-    options = (*rest, *_DENSE_OPTIONS[len(rest) :])
-    entry = _active(q)
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Any, key_padding: Any, *options: Any) -> Any:
+    asked = entry = _active(q)
     _check(entry, (q, k, v), _kind(mask, key_padding), options, False)
     if entry.backend.delegate is not None:
         causal, scale, window = options[1], options[2], options[4]
         entry = registry.find(entry.backend.delegate(q, k, v, mask, key_padding, causal, scale, window))
     assert entry.backend.dense is not None
     out, lse, _ = entry.backend.dense.forward(q, k, v, mask, key_padding, *options)
-    return out, lse if options[-1] else None, torch.tensor([entry.number])
+    return out, lse if options[-1] else None, torch.tensor([entry.number, asked.number])
 
 
 def _varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_q: int, max_k: int, *rest: Any
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_q: int, max_k: int, *options: Any
 ) -> Any:
-    options = (*rest, *_DENSE_OPTIONS[len(rest) :])
     entry = _active(q)
     _check(entry, (q, k, v), "none", options, False)
     assert entry.backend.varlen is not None
     out, lse, _ = entry.backend.varlen.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *options)
-    return out, lse if options[-1] else None, torch.tensor([entry.number])
+    return out, lse if options[-1] else None, torch.tensor([entry.number, entry.number])
 
 
-def _ran(state: Tensor) -> Entry:
-    return list(registry.BACKENDS.values())[int(state[0])]
+def _ran(state: Tensor) -> tuple[Entry, Entry]:
+    """The backend that ran, and the one that was asked for (`native` delegates)."""
+    entries = list(registry.BACKENDS.values())
+    return entries[int(state[0])], entries[int(state[1])]
 
 
 def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, key_padding: Any, *rest: Any) -> Any:
     out, lse, state, *options, mask_gradient = rest
-    entry = _ran(state)
+    entry, asked = _ran(state)
     _check(entry, (q, k, v), _kind(mask, key_padding), (*options, True), True)
     if mask_gradient and not any(limit.mask_gradient for limit in entry.backend.limits):
-        raise NotImplementedError(f"backend '{entry.backend.name}' gives no gradient for attn_mask")
+        if entry is asked:
+            raise NotImplementedError(f"backend '{entry.backend.name}' gives no gradient for attn_mask")
+        # It was chosen without knowing that the mask wants a gradient: inside a graph no tensor says so. The math
+        # backward computes the weights again, and is right after any forward.
+        entry = registry.find("_native_math")
     assert entry.backend.dense is not None and entry.backend.dense.backward is not None
     empty = state.new_empty(0, device=q.device)
     return entry.backend.dense.backward(grad_out, q, k, v, mask, key_padding, out, lse, empty, *options, mask_gradient)
@@ -125,7 +129,7 @@ def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, key_
 def _varlen_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     *structure, out, lse, state = rest[:7]
     options = rest[7:-1]
-    entry = _ran(state)
+    entry, _ = _ran(state)
     _check(entry, (q, k, v), "none", (*options, True), True)
     assert entry.backend.varlen is not None and entry.backend.varlen.backward is not None
     empty = state.new_empty(0, device=q.device)
@@ -133,7 +137,7 @@ def _varlen_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: A
 
 
 def _fake_state(q: Tensor, dropout_p: float) -> Tensor:
-    return torch.empty(1, dtype=torch.int64)
+    return torch.empty(2, dtype=torch.int64)
 
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)
