@@ -132,7 +132,7 @@ def _model(one: measure.Prepared, arguments: argparse.Namespace, compiler: str, 
         bar.set_postfix_str(text)
         bar.update()
         if bar.disable:  # no terminal: a line for each step, for whoever reads the log
-            print(f"{one.subject.name}: {text}", file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
     rows, found = [], []
     if not one.backends:
