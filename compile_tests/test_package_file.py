@@ -56,7 +56,7 @@ def test_host_features_are_those_that_the_code_may_use() -> None:
 
 
 def test_manifest_lists_the_packages_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    from compiled_attn.registry import Package
+    from compiled_attn.packages import Package
 
     wants = Backend("wants", "", packages=(Package("torch", "torch", "2.0"), Package("gone", "no-such-thing")))
     monkeypatch.setitem(compiled_attn.registry.BACKENDS, "wants", compiled_attn.registry.Entry(wants, 0))

@@ -103,7 +103,10 @@ def _record(name: str) -> dict[str, Any]:
         "summary": backend.summary,
         "available": not reasons,
         "reasons": reasons,
-        "packages": [dataclasses.asdict(package) for package in backend.packages],
+        "packages": [
+            {field: getattr(package, field) for field in ("module", "distribution", "minimum", "install")}
+            for package in backend.packages
+        ],
         "verified": _verified(backend),
         "dense": [_plain(limits) for limits in backend.limits],
         "varlen": [_plain(limits) for limits in backend.varlen_limits],

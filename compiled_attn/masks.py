@@ -180,6 +180,30 @@ def compaction_index(key_padding: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(source).scatter_(0, target, source), lengths.to(torch.int32)
 
 
+def packing(key_padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How the real keys of a batch are packed behind one another, for libraries that take cu_seqlens.
+
+    ``key_padding`` (B, Sk) bool. Returns ``source`` and ``target``, flat int64 (B * Sk,), and int32 cu_seqlens
+    (B + 1,): ``rows.index_select(0, source)`` packs the B * Sk rows of K or V, those of masked keys last, and
+    ``packed.index_select(0, target)`` brings them (or their gradients) back. No host sync, static shapes. Positions
+    change with it, so causal masks and windows do not survive.
+    """
+    flat = key_padding.flatten()
+    front = flat.cumsum(0) - 1
+    back = front[-1:] + (~flat).cumsum(0) if flat.numel() else front
+    target = torch.where(flat, front, back)
+    rows = torch.arange(flat.shape[0], device=flat.device)
+    source = torch.zeros_like(rows).scatter_(0, target, rows)
+    cu_seqlens = torch.zeros(key_padding.shape[0] + 1, dtype=torch.int32, device=flat.device)
+    torch.cumsum(key_padding.sum(1), 0, dtype=torch.int32, out=cu_seqlens[1:])
+    return source, target, cu_seqlens
+
+
+def dense_cu_seqlens(batch: int, length: int, device: torch.device) -> Tensor:
+    """int32 (B + 1,): sequences of one length, as a dense (B, S, ...) tensor packs them."""
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+
+
 def segments(cu_seqlens: Tensor, total: int) -> Tensor:
     """int64 (T,): the sequence that each packed row belongs to; rows behind the last one get the number B."""
     rows = torch.arange(total, device=cu_seqlens.device)

@@ -90,9 +90,8 @@ class Kernels:
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def define(name: str, kernels: Kernels, varlen: bool = False) -> torch._ops.OpOverload:
-    """Define ``compiled_attn::<name>.v1`` (``<name>_varlen`` for the varlen schema) and return its overload."""
-    base = f"{name}_varlen" if varlen else name
+def define(base: str, kernels: Kernels, varlen: bool = False) -> torch._ops.OpOverload:
+    """Define ``compiled_attn::<base>.v1``, with the dense or the varlen schema, and return its overload."""
     tags = (torch.Tag.pt2_compliant_tag, *kernels.tags)
     if kernels.random:
         tags += (torch.Tag.nondeterministic_seeded,)
@@ -212,42 +211,56 @@ def _define_backward(base: str, kernels: Kernels, varlen: bool) -> None:
     torch.library.register_autograd(qualified, _refuse_double_backward(base), lib=_library)
     register_flop_formula(getattr(torch.ops.compiled_attn, name), get_raw=True)(_flops(varlen, 5, 1))
 
+    forward = getattr(getattr(torch.ops.compiled_attn, base), VERSION)
     operator = getattr(getattr(torch.ops.compiled_attn, name), VERSION)
-    structure = 3 + _STRUCTURE[varlen]
+    structure, length = 3 + _STRUCTURE[varlen], _LENGTH[varlen]
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
-        inputs = _complete(inputs, varlen)
-        out, lse, state = output
-        ctx.mark_non_differentiable(lse, state)
-        ctx.set_materialize_grads(False)
-        ctx.no_backward = None
-        if backward is None:
-            ctx.no_backward = f"backend '{base}' is inference-only: call it under torch.no_grad()"
-        elif not inputs[-1]:
-            ctx.no_backward = (
-                f"compiled_attn::{base} was called with return_lse=False, but its backward needs lse; "
-                "call compiled_attn.attention, which decides it"
-            )
-        # max_seqlen are ints, the rest of the structure tensors or None
-        tensors = [item for item in inputs[:structure] if not isinstance(item, (int, torch.SymInt))]
-        ctx.save_for_backward(*tensors, out, lse, state)
-        ctx.lengths = inputs[len(tensors) : structure]
-        ctx.options = inputs[structure:-1]
+    no_backward = None
+    if backward is None:
+        no_backward = f"backend '{base}' is inference-only: call it under torch.no_grad()"
+    without_lse = (
+        f"compiled_attn::{base} was called with return_lse=False, but its backward needs lse; "
+        "call compiled_attn.attention, which decides it"
+    )
 
-    def formula(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        if ctx.no_backward is not None:
-            raise RuntimeError(ctx.no_backward)
-        gradients: list[Any] = [None] * _LENGTH[varlen]
-        if grad_out is None:
+    class Formula(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Result:  # type: ignore[override]
+            with torch._C._AutoDispatchBelowAutograd():
+                out, lse, state = forward.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            if len(args) < length:
+                args = _complete(args, varlen)
+            ctx.mark_non_differentiable(lse, state)
+            ctx.set_materialize_grads(False)
+            ctx.no_backward = no_backward if backward is None or args[-1] else without_lse
+            # the structure is tensors or None, and, packed, the two max_seqlen behind them
+            ctx.save_for_backward(*args[:5], out, lse, state)
+            ctx.lengths = args[5:structure]
+            ctx.options = args[structure:-1]
+            return out, lse, state
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+            if ctx.no_backward is not None:
+                raise RuntimeError(ctx.no_backward)
+            gradients: list[Any] = [None] * (1 + length)  # the first is the keyset's
+            if grad_out is None:
+                return tuple(gradients)
+            *tensors, out, lse, state = ctx.saved_tensors
+            mask_gradient = not varlen and ctx.needs_input_grad[4]
+            gradients[1:5] = operator(grad_out, *tensors, *ctx.lengths, out, lse, state, *ctx.options, mask_gradient)
+            if not mask_gradient:
+                gradients[4] = None
             return tuple(gradients)
-        *tensors, out, lse, state = ctx.saved_tensors
-        mask_gradient = not varlen and ctx.needs_input_grad[3]
-        gradients[:4] = operator(grad_out, *tensors, *ctx.lengths, out, lse, state, *ctx.options, mask_gradient)
-        if not mask_gradient:
-            gradients[3] = None
-        return tuple(gradients)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{base}.{VERSION}", formula, setup_context=setup, lib=_library)
+    # torch.library.register_autograd does the same in 60 us a call that wants a gradient, where this takes 25
+    def autograd(keyset: Any, *args: Any) -> Result:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Formula.apply(keyset, *args)  # type: ignore[no-any-return, no-untyped-call]
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward.redispatch(keyset & torch._C._after_autograd_keyset, *args)  # type: ignore[no-any-return]
+
+    _library.impl(f"{base}.{VERSION}", autograd, "Autograd", with_keyset=True)
 
 
 def _refuse_double_backward(base: str) -> Callable[..., Any]:

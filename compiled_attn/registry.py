@@ -6,30 +6,19 @@ Nothing here knows a backend by name, except that the process falls back to :dat
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
-import importlib.util
 import keyword
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from . import operators
 from .operators import Kernels
+from .packages import Package
 from .spec import Call, Limits, mistakes, reasons, report
 
 DEFAULT = "native"
-
-
-@dataclass(frozen=True)
-class Package:
-    """A distribution a backend needs: ``module`` must be importable and at least version ``minimum``."""
-
-    module: str
-    distribution: str
-    minimum: str | None = None
-    install: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,12 +30,16 @@ class Backend:
     they take, one entry for each group of device types. ``packages`` are needed beside PyTorch;
     ``available`` returns reasons why the backend cannot run in this process at all (a torch too old, say).
 
+    ``partner`` names the backend, registered before, whose packed kernels serve this one in ``varlen_attention``.
+    ``packed`` says that the name is a varlen one (``flash_varlen``): its packed operator has that name, and the
+    operator for ``attention`` is ``<name>_dense``.
+
     ``traced(q, k, v, mask, key_padding, dropout_p, causal, scale, gqa, window, deterministic, return_lse)``
     returns ``(out, lse)`` and, where ``takes_traced(call)`` is true, is called instead of the operator: for what
     cannot be an operator's argument, such as a BlockMask. ``mask`` is then whatever the caller gave.
 
-    ``switchable=False`` keeps it from being chosen by ``switch``, as does a ``state`` (``Kernels.fake_state``): switch
-    brings its own.
+    ``switchable=False`` keeps it from being chosen by ``switch``, as does a ``state`` (``Kernels.fake_state``) that is
+    not empty without dropout: switch brings its own.
 
     ``delegate`` names the backend that serves a call at run time (used by ``switch``, whose backward must know).
 
@@ -68,6 +61,12 @@ class Backend:
     takes_traced: Callable[[Call], bool] | None = None
     delegate: Callable[..., str] | None = None
     switchable: bool = True
+    partner: str | None = None
+    packed: bool = False
+
+    def operator_names(self) -> tuple[str, str]:
+        """What the dense and the packed operator are called, without namespace and version."""
+        return (f"{self.name}_dense", self.name) if self.packed else (self.name, f"{self.name}_varlen")
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,21 @@ def register_backend(backend: Backend) -> None:
         found.append("the name is not an identifier; operators need one")
     if name in BACKENDS:
         found.append("the name is taken; list_backends() has all names")
-    if name.endswith(("_backward", "_varlen_varlen")):
+    if name.endswith(("_backward", "_dense")):
         found.append("the name ends like an operator that backends get by themselves")
-    for kernels, base in ((backend.dense, name), (backend.varlen, f"{name}_varlen")):
+    packed_op = None
+    if backend.partner is not None:
+        if backend.varlen is not None or backend.varlen_limits:
+            found.append("it has a partner, and varlen kernels or limits of its own")
+        partner = BACKENDS.get(backend.partner)
+        if partner is None or partner.varlen_op is None:
+            found.append(f"its partner {backend.partner!r} has no varlen kernels, or is not registered yet")
+        else:
+            packed_op = partner.varlen_op
+            backend = replace(backend, varlen=partner.backend.varlen, varlen_limits=partner.backend.varlen_limits)
+    bases = backend.operator_names()
+    own_varlen = None if packed_op is not None else backend.varlen
+    for kernels, base in ((backend.dense, bases[0]), (own_varlen, bases[1])):
         if kernels is not None and name not in BACKENDS and operators.is_defined(base):
             found.append(f"operator {base!r} is taken, by another backend or by this library")
     if (backend.traced is None) != (backend.takes_traced is None):
@@ -134,11 +145,13 @@ def register_backend(backend: Backend) -> None:
     if found:
         raise ValueError(report(f"cannot register backend {name!r}:", found))
     dense, varlen = backend.dense, backend.varlen
+    if packed_op is None and varlen is not None:
+        packed_op = operators.define(bases[1], varlen, varlen=True)
     BACKENDS[name] = Entry(
         backend,
         number=len(BACKENDS),
-        op=operators.define(name, dense) if dense else None,
-        varlen_op=operators.define(name, varlen, varlen=True) if varlen else None,
+        op=operators.define(bases[0], dense) if dense else None,
+        varlen_op=packed_op,
         eager=dense.forward if dense and dense.composite else None,
         eager_varlen=varlen.forward if varlen and varlen.composite else None,
     )
@@ -189,6 +202,8 @@ def usable(name: str) -> str:
     found = unavailable(name)
     if found:
         raise NotImplementedError(report(f"backend {name!r} cannot run here:", found))
+    for package in entry.backend.packages:
+        package.load()  # may download (kernels of the Hub), which is why unavailable() does not
     return entry.backend.name
 
 
@@ -197,24 +212,10 @@ def unavailable(name: str) -> list[str]:
     backend = find(name).backend
     found: list[str] = []
     for package in backend.packages:
-        found += _missing(package)
+        found += package.missing()
     if backend.available is not None:
         found += backend.available()
     return found
-
-
-def _missing(package: Package) -> list[str]:
-    fix = f"; {package.install}" if package.install else f"; pip install {package.distribution}"
-    if importlib.util.find_spec(package.module.split(".")[0]) is None:
-        return [f"module {package.module!r} is not installed{fix}"]
-    if package.minimum is not None:
-        try:
-            version = importlib.metadata.version(package.distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return [f"module {package.module!r} is there, but not from {package.distribution!r}{fix}"]
-        if torch.torch_version.TorchVersion(version) < package.minimum:
-            return [f"{package.distribution} {version} is older than {package.minimum}{fix}"]
-    return []
 
 
 def backend_info(name: str) -> Backend:

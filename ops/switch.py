@@ -71,11 +71,15 @@ def _check(entry: Entry, tensors: tuple[Tensor, ...], kind: str, options: tuple[
     )
     found = registry.unavailable(entry.backend.name) + registry.refusal(entry, call)
     kernels = entry.backend.varlen if call.varlen else entry.backend.dense
-    if not entry.backend.switchable or (kernels is not None and kernels.fake_state is not None):
+    if not entry.backend.switchable or (kernels is not None and _state_size(kernels, q, dropout_p) > 0):
         found.append("be chosen at run time: its backward needs a state of its own, or it says switchable=False")
     if found:
         raise NotImplementedError(report(f"backend '{entry.backend.name}', active when 'switch' ran, cannot:", found))
     registry.remember(seen)
+
+
+def _state_size(kernels: Kernels, q: Tensor, dropout_p: float) -> int:
+    return 0 if kernels.fake_state is None else kernels.fake_state(q, dropout_p).numel()
 
 
 def _kind(mask: Tensor | None, key_padding: Tensor | None) -> str:

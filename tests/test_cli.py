@@ -16,7 +16,8 @@ from compiled_attn import cli_list, cli_table, registry
 from compiled_attn.__main__ import BENCHMARKS, COMMANDS, main
 from compiled_attn.bench import overhead
 from compiled_attn.bench.timing import Times, measure
-from compiled_attn.registry import Backend, Entry, Package
+from compiled_attn.packages import Package
+from compiled_attn.registry import Backend, Entry
 from compiled_attn.spec import Limits
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -11,8 +11,10 @@ import torch
 from matrix import limits_on
 
 import compiled_attn
+from compiled_attn import registry
 from compiled_attn.operators import Kernels
-from compiled_attn.registry import Package
+from compiled_attn.packages import Package, require
+from compiled_attn.registry import Backend
 from compiled_attn.spec import Limits
 
 X = torch.randn(2, 8, 4, 16)
@@ -341,3 +343,57 @@ def test_dispatch_attention_fn_has_every_option():
     torch.testing.assert_close(lse.double(), expected[1], atol=2e-6, rtol=1e-5)
     with pytest.raises(NotImplementedError, match="context parallelism"):
         compiled_attn.dispatch_attention_fn(query, query, query, parallel_config=object())
+
+
+def _plain_kernels() -> Kernels:
+    return Kernels(lambda q, k, v, *rest: (q.clone(), None, None))
+
+
+def test_a_partner_serves_packed_calls_and_a_packed_name_is_its_operator():
+    limits = (Limits(("cpu",), (torch.float32,), gradient=False),)
+    wide = (Limits(("cpu",), (torch.float32,), gradient=False, window=True),)
+    packed = Backend(
+        "tmp_pair_varlen", "", limits, _plain_kernels(), varlen_limits=wide, varlen=_plain_kernels(), packed=True
+    )
+    compiled_attn.register_backend(packed)
+    compiled_attn.register_backend(Backend("tmp_pair", "", limits, _plain_kernels(), partner="tmp_pair_varlen"))
+    first, second = registry.find("tmp_pair_varlen"), registry.find("tmp_pair")
+    assert [str(first.op), str(first.varlen_op)] == [
+        "compiled_attn.tmp_pair_varlen_dense.v1",
+        "compiled_attn.tmp_pair_varlen.v1",
+    ]
+    assert str(second.op) == "compiled_attn.tmp_pair.v1"
+    assert second.varlen_op is first.varlen_op
+    x, lengths = torch.randn(6, 2, 8), torch.tensor([0, 6], dtype=torch.int32)
+    torch.testing.assert_close(compiled_attn.varlen_attention(x, x, x, lengths, lengths, backend="tmp_pair"), x)
+    assert compiled_attn.why_not("tmp_pair", x, x, x, window_size=(1, 1)) == []
+
+
+def test_a_partner_must_be_there_and_alone():
+    limits = (Limits(("cpu",), (torch.float32,), gradient=False),)
+    lost = Backend(
+        "tmp_lost", "", limits, _plain_kernels(), varlen_limits=limits, varlen=_plain_kernels(), partner="no"
+    )
+    with pytest.raises(ValueError, match="'no' has no varlen kernels, or is not registered yet") as refused:
+        compiled_attn.register_backend(lost)
+    assert "varlen kernels or limits of its own" in str(refused.value)
+
+
+def test_packages_are_told_apart(tmp_path, monkeypatch):
+    """Absent, of another distribution, too old, broken, unfit: each is its own reason."""
+    (tmp_path / "broken_thing.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
+    (tmp_path / "odd_thing.py").write_text("def attend(q, k): ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Package("no_thing", "no-thing", install="make one").missing() == [
+        "module 'no_thing' is not installed; make one"
+    ]
+    assert "is there, but not from 'no-thing'" in Package("odd_thing", "no-thing", "1.0").missing()[0]
+    assert f"torch {torch.__version__} is older than 999" in Package("torch", "torch", "999").missing()[0]
+    broken = Package("broken_thing", "broken-thing")
+    wanted = "broken-thing is installed but broken: OSError: libcudart.so.12: cannot open shared object file"
+    assert broken.missing() == [wanted]
+    with pytest.raises(NotImplementedError, match=r"libcudart\.so\.12"):
+        broken.load()
+    unfit = Package("odd_thing", "odd-thing", bind=lambda module: require(module, "attend", "q", "scale"))
+    assert unfit.missing() == ["odd-thing: attend takes no scale"]
+    assert Package("odd_thing", "odd-thing", bind=lambda module: require(module, "attend", "q")).missing() == []

@@ -183,6 +183,20 @@ def test_compaction_brings_real_keys_to_the_front_in_order(trial):
         torch.testing.assert_close(rows[batch, : int(lengths[batch])], real)
 
 
+@pytest.mark.parametrize("shape", [(4, 11), (1, 1), (3, 0), (0, 5), (1, 33)], ids=str)
+def test_packing_brings_the_real_keys_of_all_sequences_together_and_back(shape):
+    padding = keep(*shape)
+    padding[1:2] = False
+    source, target, cu_seqlens = masks.packing(padding)
+    rows = torch.randn(padding.numel(), 3)
+    packed = rows.index_select(0, source)
+    real = padding.flatten().nonzero().flatten()
+    torch.testing.assert_close(packed[: len(real)], rows[real])
+    torch.testing.assert_close(packed.index_select(0, target), rows)
+    torch.testing.assert_close(cu_seqlens.diff(), padding.sum(1).to(torch.int32))
+    assert cu_seqlens[0] == 0
+
+
 @pytest.mark.parametrize("causal", [0, CAUSAL, CAUSAL | ALIGN_LOWER_RIGHT])
 @pytest.mark.parametrize("window", [None, (1, 1), (2, -1)], ids=str)
 def test_varlen_mask_is_block_diagonal(causal, window):
