@@ -305,7 +305,7 @@ def test_marking_keeps_what_the_user_put_there() -> None:
         compilation.mark_caches()
         tag = torch.compiler.config.cache_key_tag
         compilation.mark_caches()
-        assert torch.compiler.config.cache_key_tag == tag == f"mine;compiled_attn={compilation._fingerprint()}"
+        assert torch.compiler.config.cache_key_tag == tag == f"mine;compiled_attn={compilation.fingerprint()}"
 
 
 @pytest.mark.slow
@@ -322,7 +322,7 @@ def test_an_upgrade_does_not_run_old_code_from_a_warm_cache(monkeypatch: pytest.
     with fresh_cache(), torch.no_grad(), torch.compiler.config.patch(cache_key_tag=tag):
         assert hits() == 0
         assert hits() == 1
-        monkeypatch.setattr(compilation, "_fingerprint", lambda: "upgraded")
+        monkeypatch.setattr(compilation, "fingerprint", lambda: "upgraded")
         assert hits() == 0
 
 

@@ -341,6 +341,25 @@ def test_training_on_a_gpu(kind):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128, 160])
+@pytest.mark.parametrize("table", [torch.bool, torch.float32, torch.bfloat16], ids=str)
+def test_a_mask_read_for_each_pair_fits_into_shared_memory(table, width):
+    """Lengths a multiple of 16: only then are its loads pipelined, and take shared memory once for each stage."""
+    q, k, v = (torch.randn(1, 512, 2, width).to(torch.bfloat16).cuda().requires_grad_() for _ in range(3))
+    mask = torch.randn(1, 1, 512, 512)
+    mask = (mask > 0 if table == torch.bool else mask.to(table)).cuda()
+    arguments = {"attn_mask": mask}
+    out = torch.compile(call, fullgraph=True)(q, k, v, arguments)
+    doubles = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
+    expected = right(*doubles, arguments)[0]
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-2)
+    grad = torch.randn_like(out)
+    wanted = torch.autograd.grad(expected, doubles, grad.double())
+    for one, other in zip(torch.autograd.grad(out, (q, k, v), grad), wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=2e-2)
+
+
+@pytest.mark.gpu
 def test_block_mask_trains_on_a_gpu():
     q, k, v = (tensor.requires_grad_() for tensor in tensors("cuda", width=64))
     block_mask = create_block_mask(mask_mod, None, 4, LENGTH, LENGTH, device="cuda")

@@ -104,7 +104,7 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @functools.cache
-def _fingerprint() -> str:
+def fingerprint() -> str:
     """Hash of this package's sources: what we decide inside a graph is not in the keys of PyTorch's caches."""
     digest = hashlib.sha256()
     root = pathlib.Path(__file__).parent
@@ -122,7 +122,7 @@ def mark_caches() -> None:
     """
     config = torch.compiler.config
     parts = [part for part in config.cache_key_tag.split(";") if part and not part.startswith(_TAG)]
-    wanted = ";".join([*parts, _TAG + _fingerprint()])
+    wanted = ";".join([*parts, _TAG + fingerprint()])
     if config.cache_key_tag != wanted:
         config.cache_key_tag = wanted
 

@@ -31,14 +31,16 @@ from torch import Tensor, nn
 
 from . import archive, registry
 from .archive import manifest as manifest
-from .compilation import _fingerprint, mark_caches
+from .compilation import fingerprint, mark_caches
 from .operators import NAMESPACE
+from .retarget import nodes
+from .retarget import retarget as retarget
 from .spec import report
-from .state import _unwrapped, active_backend, attention_backend, pin_of
+from .state import active_backend, attention_backend, pin_of, unwrapped
 
 
 def package(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     args: tuple[Any, ...],
     path: str | os.PathLike[str],
     *,
@@ -52,7 +54,9 @@ def package(
     """Export ``model`` for inference with its attention backend, compile it ahead of time, write ``path``.
 
     Args:
-        model: what to ship, in the mode (``eval()``) and on the device it is to run in.
+        model: what to ship, in the mode (``eval()``) and on the device it is to run in; or what
+            ``torch.export.export`` made of it, from contiguous inputs (then ``args`` is ``()``, and ``backend``
+            re-points its calls as :func:`retarget` does).
         args: example arguments: any shapes and dtypes; tensors are taken as contiguous.
         path: the file to write, ending in ``.pt2``. It appears when all is done, or not at all.
         kwargs: example keyword arguments.
@@ -82,16 +86,19 @@ def package(
     torch.Size([1, 8, 2, 16])
     """
     folder, name = _target(path)
-    model = _unwrapped(model)
-    chosen = _chosen(model, backend)
     mark_caches()
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (tuple(args), dict(kwargs or {})))
-    context = contextlib.nullcontext() if backend is None else attention_backend(backend)
-    with torch.no_grad(), context, _named_arguments(model):
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
+    if isinstance(model, torch.export.ExportedProgram):
+        program, chosen, pinned = _given(model, args, kwargs, backend, dynamic_shapes)
+    else:
+        model = unwrapped(model)
+        chosen, pinned = _chosen(model, backend), pin_of(model) is not None
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (tuple(args), dict(kwargs or {})))
+        context = contextlib.nullcontext() if backend is None else attention_backend(backend)
+        with torch.no_grad(), context, _named_arguments(model):
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
     counted = _operators(program)
     reached = any(one.namespace == NAMESPACE for one in counted) or _higher_order(program)
-    if (backend is not None or pin_of(model) is not None) and not reached:
+    if (backend is not None or pinned) and not reached:
         raise ValueError(
             f"{type(model).__name__} makes no compiled_attn call: backend {chosen!r} would have no effect on the "
             "package. Models of Diffusers reach this library through compiled_attn.integrations.diffusers.install()"
@@ -197,6 +204,26 @@ def _target(path: str | os.PathLike[str]) -> tuple[str, str]:
     return folder, name
 
 
+def _given(
+    program: torch.export.ExportedProgram, args: Any, kwargs: Any, backend: str | None, dynamic_shapes: Any
+) -> tuple[torch.export.ExportedProgram, str, bool]:
+    """A program that somebody else exported, its backend by name, and whether it must have attention calls."""
+    wrong = []
+    if tuple(args) or kwargs or dynamic_shapes is not None:
+        wrong.append("its inputs and dynamic shapes are fixed already; pass args=() and no kwargs or dynamic_shapes")
+    for node in program.graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" else None
+        if isinstance(value, Tensor) and node.name in program.graph_signature.user_inputs:
+            if not value.is_contiguous():
+                wrong.append(f"input {node.name!r} was exported with strides {tuple(value.stride())}; contiguous() it")
+    if wrong:
+        raise ValueError(report("cannot package this exported program:", wrong))
+    if backend is not None:
+        return retarget(program, backend), backend, True
+    names = {name for one in _operators(program) if (name := _backend_of(one)) is not None}
+    return program, "/".join(sorted(names)) or "none", False
+
+
 def _chosen(model: nn.Module, backend: str | None) -> str:
     """The backend for the model as a whole; a name that a pin would silently win against is refused."""
     if not isinstance(model, nn.Module):
@@ -232,18 +259,11 @@ def _named_arguments(model: nn.Module) -> Iterator[None]:
         del attributes["__signature__"]
 
 
-def _nodes(program: torch.export.ExportedProgram) -> Iterator[Any]:
-    """Call nodes of the graph and of those inside it (branches, loops)."""
-    for module in program.graph_module.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            yield from (node for node in module.graph.nodes if node.op == "call_function")
-
-
 def _operators(program: torch.export.ExportedProgram) -> Counter[torch._ops.OpOverload]:
     """Operators by number of calls; those handed to a higher-order operator count too."""
     return Counter(
         target
-        for node in _nodes(program)
+        for node in nodes(program.graph_module)
         for target in (node.target, *node.args)
         if isinstance(target, torch._ops.OpOverload)
     )
@@ -251,7 +271,9 @@ def _operators(program: torch.export.ExportedProgram) -> Counter[torch._ops.OpOv
 
 def _higher_order(program: torch.export.ExportedProgram) -> dict[str, int]:
     return dict(
-        Counter(n.target.name() for n in _nodes(program) if isinstance(n.target, torch._ops.HigherOrderOperator))
+        Counter(
+            n.target.name() for n in nodes(program.graph_module) if isinstance(n.target, torch._ops.HigherOrderOperator)
+        )
     )
 
 
@@ -342,7 +364,7 @@ def _content(
     return {
         "format": archive.FORMAT,
         "compiled_attn": _version(__package__) or "not installed",
-        "sources": _fingerprint(),
+        "sources": fingerprint(),
         "torch": str(torch.__version__),
         "triton": _version("triton") if device != "cpu" else None,
         "cuda": torch.version.cuda if device == "cuda" else None,

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .spec import ALIGN_LOWER_RIGHT, CAUSAL, LOWER_RIGHT, UPPER_LEFT, Call
+
 NAMESPACE = "compiled_attn"
 VERSION = "v1"
 
@@ -111,6 +113,40 @@ def define(base: str, kernels: Kernels, varlen: bool = False) -> torch._ops.OpOv
 def is_defined(base: str) -> bool:
     """Whether ``compiled_attn::<base>`` exists: an operator cannot be defined twice, nor taken back."""
     return hasattr(torch.ops.compiled_attn, base)
+
+
+def call_of(args: Sequence[Any], varlen: bool, gradient: bool = False) -> Call:
+    """The facts of an operator's call, from its arguments (trailing defaults may be left out)."""
+    args = _complete(args, varlen)
+    q, k, v = args[:3]
+    dropout_p, causal, _, gqa, window, deterministic, return_lse = args[3 + _STRUCTURE[varlen] :]
+    kind = "none"
+    if not varlen:
+        mask, key_padding = args[3:5]
+        if mask is not None:
+            kind = "bool" if mask.dtype == torch.bool else "float"
+        elif key_padding is not None:
+            kind = "key_padding"
+    on_cuda = q.device.type == "cuda" and torch.cuda.is_available()
+    return Call(
+        query=tuple(q.shape),
+        key=tuple(k.shape),
+        value=tuple(v.shape),
+        dtypes=(q.dtype, k.dtype, v.dtype),
+        devices=(q.device.type, k.device.type, v.device.type),
+        capability=torch.cuda.get_device_capability(q.device) if on_cuda else None,
+        mask=kind,
+        causal=bool(causal & CAUSAL),
+        alignment=LOWER_RIGHT if causal & ALIGN_LOWER_RIGHT else UPPER_LEFT,
+        gqa=gqa,
+        window=None if window is None else (window[0], window[1]),
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        globally_deterministic=torch.are_deterministic_algorithms_enabled(),
+        lse=return_lse,
+        gradient=gradient,
+        varlen=varlen,
+    )
 
 
 def expected_shapes(q: Tensor, v: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

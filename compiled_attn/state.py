@@ -255,7 +255,7 @@ def set_attention_backend(module: nn.Module, name: str) -> None:
     >>> compiled_attn.reset_attention_backend(block)
     """
     registry.usable(name)
-    module = _unwrapped(module)
+    module = unwrapped(module)
     module.__dict__[_OWN] = name
     module.__dict__[_UNPROVEN] = True
     _spread(module, module.__dict__.get(_FROM_PARENT))
@@ -267,7 +267,7 @@ def reset_attention_backend(module: nn.Module) -> None:
     >>> import torch, compiled_attn
     >>> compiled_attn.reset_attention_backend(torch.nn.Linear(2, 2))
     """
-    module = _unwrapped(module)
+    module = unwrapped(module)
     for one in module.modules():
         one.__dict__.pop(_OWN, None)
         one.__dict__.pop(_UNPROVEN, None)
@@ -276,13 +276,13 @@ def reset_attention_backend(module: nn.Module) -> None:
 
 def pin_of(module: nn.Module) -> str | None:
     """The backend that ``module`` is pinned to, by itself or by a parent; None if it is not."""
-    return _unwrapped(module).__dict__.get(_PIN)
+    return unwrapped(module).__dict__.get(_PIN)
 
 
 @contextlib.contextmanager
 def pin_put_back(module: nn.Module) -> Iterator[None]:
     """Inside, the pin of ``module`` may be set; afterwards it is as before, its own or a parent's."""
-    module = _unwrapped(module)
+    module = unwrapped(module)
     saved = {key: module.__dict__[key] for key in (_OWN, _UNPROVEN) if key in module.__dict__}
     try:
         yield
@@ -316,7 +316,7 @@ class AttentionBackendMixin:
         reset_attention_backend(self)
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """The user's module inside what torch.compile returned (whose own ``forward`` is Dynamo's)."""
     return getattr(module, "_orig_mod", module)
 

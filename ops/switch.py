@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from compiled_attn import registry
-from compiled_attn.operators import Kernels
+from compiled_attn.operators import Kernels, call_of
 from compiled_attn.registry import Backend, Entry, register_backend
-from compiled_attn.spec import ALIGN_LOWER_RIGHT, CAUSAL, LOWER_RIGHT, UPPER_LEFT, Call, Limits, report
+from compiled_attn.spec import Limits, report
 from compiled_attn.state import slot
 
 
@@ -40,35 +40,21 @@ def _active(q: Tensor) -> Entry:
     return registry.find(here.runtime)
 
 
-def _check(entry: Entry, tensors: tuple[Tensor, ...], kind: str, options: tuple[Any, ...], gradient: bool) -> None:
+def _check(entry: Entry, args: tuple[Any, ...], gradient: bool) -> None:
     """Refuse what the backend found at run time cannot serve; calls seen before pass at once."""
-    q, k, v = tensors
-    dropout_p, causal, _, gqa, window, deterministic, return_lse = options
-    window = None if window is None else tuple(window)
-    facts = (kind, dropout_p, causal, gqa, window, deterministic, return_lse, gradient)
+    q, k, v = args[:3]
+    varlen = q.dim() == 3
+    *_, dropout_p, causal, _, gqa, window, deterministic, return_lse = args
+    mask, key_padding = (None, None) if varlen else args[3:5]
+    facts = (
+        None if mask is None else mask.dtype, key_padding is None, dropout_p, causal, gqa,
+        None if window is None else tuple(window), deterministic, return_lse, gradient,
+    )  # fmt: skip
     process = torch.are_deterministic_algorithms_enabled()
     seen = ("switch", entry.number, q.shape, k.shape, v.shape, q.dtype, q.device, facts, process)
     if seen in registry.served:
         return
-    call = Call(
-        query=tuple(q.shape),
-        key=tuple(k.shape),
-        value=tuple(v.shape),
-        dtypes=(q.dtype, k.dtype, v.dtype),
-        devices=(q.device.type, k.device.type, v.device.type),
-        capability=torch.cuda.get_device_capability(q.device) if q.is_cuda else None,
-        mask=kind,
-        causal=bool(causal & CAUSAL),
-        alignment=LOWER_RIGHT if causal & ALIGN_LOWER_RIGHT else UPPER_LEFT,
-        gqa=gqa,
-        window=window,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
-        globally_deterministic=process,
-        lse=return_lse,
-        gradient=gradient,
-        varlen=q.dim() == 3,
-    )
+    call = call_of(args, varlen, gradient)
     found = registry.unavailable(entry.backend.name) + registry.refusal(entry, call)
     kernels = entry.backend.varlen if call.varlen else entry.backend.dense
     if not entry.backend.switchable or (kernels is not None and _state_size(kernels, q, dropout_p) > 0):
@@ -82,15 +68,9 @@ def _state_size(kernels: Kernels, q: Tensor, dropout_p: float) -> int:
     return 0 if kernels.fake_state is None else kernels.fake_state(q, dropout_p).numel()
 
 
-def _kind(mask: Tensor | None, key_padding: Tensor | None) -> str:
-    if mask is None:
-        return "none" if key_padding is None else "key_padding"
-    return "bool" if mask.dtype == torch.bool else "float"
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Any, key_padding: Any, *options: Any) -> Any:
     asked = entry = _active(q)
-    _check(entry, (q, k, v), _kind(mask, key_padding), options, False)
+    _check(entry, (q, k, v, mask, key_padding, *options), False)
     if entry.backend.delegate is not None:
         causal, scale, window = options[1], options[2], options[4]
         entry = registry.find(entry.backend.delegate(q, k, v, mask, key_padding, causal, scale, window))
@@ -103,7 +83,7 @@ def _varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_q: int, max_k: int, *options: Any
 ) -> Any:
     entry = _active(q)
-    _check(entry, (q, k, v), "none", options, False)
+    _check(entry, (q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *options), False)
     assert entry.backend.varlen is not None
     out, lse, _ = entry.backend.varlen.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *options)
     return out, lse if options[-1] else None, torch.tensor([entry.number, entry.number])
@@ -118,7 +98,7 @@ def _ran(state: Tensor) -> tuple[Entry, Entry]:
 def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, key_padding: Any, *rest: Any) -> Any:
     out, lse, state, *options, mask_gradient = rest
     entry, asked = _ran(state)
-    _check(entry, (q, k, v), _kind(mask, key_padding), (*options, True), True)
+    _check(entry, (q, k, v, mask, key_padding, *options, True), True)
     if mask_gradient and not any(limit.mask_gradient for limit in entry.backend.limits):
         if entry is asked:
             raise NotImplementedError(f"backend '{entry.backend.name}' gives no gradient for attn_mask")
@@ -134,7 +114,7 @@ def _varlen_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: A
     *structure, out, lse, state = rest[:7]
     options = rest[7:-1]
     entry, _ = _ran(state)
-    _check(entry, (q, k, v), "none", (*options, True), True)
+    _check(entry, (q, k, v, *structure, *options, True), True)
     assert entry.backend.varlen is not None and entry.backend.varlen.backward is not None
     empty = state.new_empty(0, device=q.device)
     return entry.backend.varlen.backward(grad_out, q, k, v, *structure, out, lse, empty, *options, False)

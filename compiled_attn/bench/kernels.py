@@ -105,7 +105,7 @@ def _print(result: dict[str, Any]) -> None:
         (
             row["shape"], row["mask"], row["backend"], f"{row['error']:.1e}", f"{row['forward_ms']:.3f}",
             f"{row['forward_tflops']:.0f}", f"{row['forward_ratio']:.2f}",
-            "" if row["training_ms"] is None else f"{row['backward_ms']:.3f}",
+            "" if row["training_ms"] is None else f"{row['training_ms']:.3f}",
         )
         for row in result["rows"]
     ]  # fmt: skip

@@ -1,0 +1,95 @@
+"""Another backend for an exported program, without tracing the model again: every operator has one schema."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from . import registry
+from .operators import call_of
+from .registry import Entry
+from .spec import report
+
+
+def retarget(program: torch.export.ExportedProgram, backend: str) -> torch.export.ExportedProgram:
+    """A copy of ``program`` whose attention calls all run ``backend``; ``program`` stays as it is.
+
+    Args:
+        program: from ``torch.export.export`` of a model that calls this library, not yet decomposed.
+        backend: a name of ``list_backends()``; packed calls go to its packed operator.
+
+    Returns:
+        The new program. Weights are shared with ``program``; ``package`` takes it in place of a model.
+
+    Raises:
+        ValueError: the backend is unknown, or the program has no attention operator of this library.
+        NotImplementedError: the backend cannot run here, or cannot serve one of the calls; all reasons, by node.
+
+    >>> import torch, compiled_attn
+    >>> class Block(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return compiled_attn.attention(x, x, x, backend="native")
+    >>> program = torch.export.export(Block(), (torch.randn(1, 8, 2, 16),))
+    >>> other = compiled_attn.export.retarget(program, "_native_math")
+    >>> [node.target for node in other.graph.nodes if "compiled_attn" in str(node.target)]
+    [<OpOverload(op='compiled_attn._native_math', overload='v1')>]
+    """
+    registry.usable(backend)
+    entry = registry.find(backend)
+    module = copy.deepcopy(program.graph_module)
+    calls = [(node, varlen) for node in nodes(module) if (varlen := _is_varlen(node.target)) is not None]
+    if not calls:
+        raise ValueError(
+            "the program has no attention operator of compiled_attn to point elsewhere (FlexAttention's own operator, "
+            "and a program that went through run_decompositions, have none left); export the model again"
+        )
+    found = []
+    for node, varlen in calls:
+        found += [f"{node.name}: {reason}" for reason in _refusal(entry, node, varlen)]
+    if found:
+        raise NotImplementedError(report(f"backend {backend!r} cannot run this program:", found))
+    for node, varlen in calls:
+        node.target = entry.varlen_op if varlen else entry.op
+        args = _values(node)
+        with args[0].fake_mode:
+            node.meta["val"] = node.target(*args)
+    module.recompile()
+    return torch.export.ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=program.graph_signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+def nodes(module: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    """Call nodes of the graph and of those inside it (branches, loops)."""
+    graphs = [one.graph for one in module.modules() if isinstance(one, torch.fx.GraphModule)]
+    return [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
+
+
+def _is_varlen(target: Any) -> bool | None:
+    """Whether ``target`` is a backend's dense (False) or packed (True) operator; None for anything else."""
+    for entry in registry.BACKENDS.values():
+        if target is entry.op:
+            return False
+        if target is entry.varlen_op:
+            return True
+    return None
+
+
+def _values(node: torch.fx.Node) -> tuple[Any, ...]:
+    return tree_map_only(torch.fx.Node, lambda one: one.meta["val"], node.args)  # type: ignore[no-any-return]
+
+
+def _refusal(entry: Entry, node: torch.fx.Node, varlen: bool) -> list[str]:
+    # exported programs have no backward of ours
+    return registry.refusal(entry, call_of(_values(node), varlen))
