@@ -1,0 +1,61 @@
+"""The C++ program of examples/cpp, built against the installed torch, runs packages without Python."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from packaged import ROOT, assert_right, block, inputs
+
+from compiled_attn import export
+
+pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built program: 15 s of a compiler."""
+    build = tmp_path_factory.mktemp("cpp")
+    torch_folder = Path(torch.utils.cmake_prefix_path)
+    configure = ["cmake", "-S", ROOT / "examples" / "cpp", "-B", build, f"-DCMAKE_PREFIX_PATH={torch_folder}"]
+    for command in (configure, ["cmake", "--build", build]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return build / "run_package"
+
+
+def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [str(program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env={})
+
+
+@pytest.mark.parametrize("package", ["flash_package", "math_package"])
+@pytest.mark.parametrize("size", [(1, 2), (3, 17)], ids=str)
+def test_a_package_runs_without_python(program, package, size, request, tmp_path):
+    path = request.getfixturevalue(package)
+    assert export.manifest(path)["python_free"]
+    x, keep = inputs(*size)
+    torch.save([x, keep], tmp_path / "inputs.pt")
+    done = run(program, path, tmp_path / "inputs.pt", tmp_path / "outputs.pt")
+    assert done.returncode == 0, done.stderr
+    (out,) = torch.load(tmp_path / "outputs.pt")
+    assert_right(out, block(), x, keep)
+
+
+def test_what_needs_python_says_so(program, switch_package, tmp_path):
+    torch.save(list(inputs()), tmp_path / "inputs.pt")
+    done = run(program, switch_package, tmp_path / "inputs.pt", tmp_path / "outputs.pt")
+    assert done.returncode == 1
+    assert "compiled_attn::switch" in done.stderr
+    assert not (tmp_path / "outputs.pt").exists()
+
+
+def test_bad_files_are_errors_and_no_crashes(program, tmp_path):
+    assert run(program).returncode == 2
+    (tmp_path / "torn.pt2").write_bytes(b"PK\x03\x04 and no more")
+    done = run(program, tmp_path / "torn.pt2", tmp_path / "none.pt", tmp_path / "outputs.pt")
+    assert done.returncode == 1
+    assert done.stderr.startswith("run_package: ")
