@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 
 import pytest
@@ -50,7 +51,8 @@ def factors(call) -> float:
 
 
 def test_there_are_more_backends_here_than_torch_compiles_by_default():
-    assert len(MANY) > torch._dynamo.config.recompile_limit
+    # 8; where torch.compile has no keyword for it, compiled_attn.compile has raised the process's
+    assert len(MANY) > min(8, torch._dynamo.config.recompile_limit)
 
 
 def test_contexts_and_defaults_share_their_graphs():
@@ -299,6 +301,10 @@ def test_dynamic_lengths_are_one_graph_for_each_backend():
     assert counter.frame_count == len(OWN) + 1
 
 
+@pytest.mark.skipif(
+    "recompile_limit" not in inspect.signature(torch.compile).parameters,
+    reason="this torch.compile has no recompile_limit: the limit is the process's, and is raised, never lowered",
+)
 def test_the_recompile_limit_can_be_chosen():
     call = compiled_attn.compile(Attend(), fullgraph=True, backend=Counter(), recompile_limit=2)
     for name in (ONE, TWO):

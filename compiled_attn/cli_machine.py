@@ -48,6 +48,7 @@ def machine() -> dict[str, Any]:
             versions[distribution] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue  # what is not there has no version
+    versions["torch"] = str(torch.__version__)  # with the build (+cu130), which a wheel's metadata may lack
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "platform": platform.platform(),

@@ -89,7 +89,8 @@ def checkpoint_context_fn() -> tuple[Any, Any]:
     ...     out = checkpoint(block, x, use_reentrant=False, context_fn=compiled_attn.checkpoint_context_fn)
     >>> out.sum().backward()
     """
-    if torch.compiler.is_compiling():
+    # torch 2.9 asks while AOTAutograd traces, when is_compiling() is False
+    if torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None:
         from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
         return create_selective_checkpoint_contexts(_policy)

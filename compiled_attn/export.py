@@ -250,13 +250,17 @@ def _named_arguments(model: nn.Module) -> Iterator[None]:
     if pin_of(model) is None or not isinstance(forward, functools.partial):
         yield
         return
-    # for the moment only: it would be pickled with the model, and not every signature can be
-    attributes = vars(forward)
-    attributes["__signature__"] = inspect.signature(functools.partial(type(model).forward, model))
+
+    # A function also because Dynamo of torch 2.9 cannot enter a partial (strict=True).
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    named.__signature__ = inspect.signature(functools.partial(type(model).forward, model))  # type: ignore[attr-defined]
+    vars(model)["forward"] = named
     try:
         yield
     finally:
-        del attributes["__signature__"]
+        vars(model)["forward"] = forward
 
 
 def _operators(program: torch.export.ExportedProgram) -> Counter[torch._ops.OpOverload]:

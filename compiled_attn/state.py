@@ -373,6 +373,8 @@ def _pinned_forward(module: nn.Module, original: Any, of_class: Any, *args: Any,
     slot = _local.slot
     inner = slot.inner
     if _tracing():
+        if inner == pin:  # a parent's: nothing to write, which Dynamo of torch 2.9 cannot do inside a checkpoint
+            return forward(*args, **kwargs)
         slot.inner = pin
         try:
             return forward(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 
 import probes  # noqa: F401  registers cheap backends
@@ -388,7 +389,7 @@ def test_packages_are_told_apart(tmp_path, monkeypatch):
         "module 'no_thing' is not installed; make one"
     ]
     assert "is there, but not from 'no-thing'" in Package("odd_thing", "no-thing", "1.0").missing()[0]
-    assert f"torch {torch.__version__} is older than 999" in Package("torch", "torch", "999").missing()[0]
+    assert f"torch {importlib.metadata.version('torch')} is older than 999" in Package("torch", "torch", "999").missing()[0]
     broken = Package("broken_thing", "broken-thing")
     wanted = "broken-thing is installed but broken: OSError: libcudart.so.12: cannot open shared object file"
     assert broken.missing() == [wanted]
