@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_attn.spec import CAUSAL
+from compiled_attn.spec import CAUSAL, LOW_PRECISION
 
 from ._flex_blocks import BLOCK, Blocks, build, copied, row_ranges
 
@@ -86,11 +86,41 @@ def _bhsd(*tensors: Tensor) -> Any:
     return tuple(tensor.transpose(1, 2) for tensor in tensors)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, score_mod: Any, block_mask: Any, scale: Any, return_lse: bool) -> Result:
-    """flex_attention on (B, S, H, D) tensors, in code that is being compiled."""
+def _kernel_options(q: Tensor, table: Tensor | None) -> dict[str, int]:
+    """Fewer pipeline stages for the generated CUDA kernels that would not fit into shared memory.
+
+    Inductor picks block sizes and stages by dtype and head_dim alone, but a ``table`` that the mods read for each pair
+    (Sq > 1) is loaded in stages too, and widths between 128 and 256 are filled up to 256 in blocks for 128. With
+    bfloat16, head_dim 64 and a float32 mask 240 KiB were asked for, with head_dim 160 and a bool mask 232; an H100 has
+    227, and the compilation ends with "No valid triton configs". Fewer stages than needed cost up to 4 x the time.
+    """
+    if q.device.type != "cuda" or q.shape[1] < BLOCK:  # the kernel for few queries has one stage
+        return {}
+    low = True if q.dtype in LOW_PRECISION else False
+    read = True if table is not None and table.shape[2] != 1 else False
+    width = q.shape[-1]
+    found = {}
+    if 128 < width < 256:
+        if read or not low:
+            found["fwd_num_stages"] = 1
+    elif read and (not low or (width == 64 and table is not None and table.element_size() == 4)):
+        found["fwd_num_stages"] = 2
+    if read and low and width > 128:  # the backward of 32-bit inputs has one stage anyway
+        found["bwd_num_stages"] = 1
+    return found
+
+
+def flex(
+    q: Tensor, k: Tensor, v: Tensor, score_mod: Any, block_mask: Any, scale: Any, return_lse: bool,
+    table: Tensor | None = None,
+) -> Result:  # fmt: skip
+    """flex_attention on (B, S, H, D) tensors, in code that is being compiled; ``table`` is what the mods read."""
     from torch.nn.attention import flex_attention as module
 
     options: dict[str, Any] = {}
+    kernel_options = _kernel_options(q, table)
+    if kernel_options:
+        options["kernel_options"] = kernel_options
     if return_lse:
         if hasattr(module, "AuxRequest"):
             options["return_aux"] = module.AuxRequest(lse=True)
@@ -138,7 +168,8 @@ def attend(
             full_kv_num_blocks=blocks[2], full_kv_indices=blocks[3], q_num_blocks=blocks[4], q_indices=blocks[5],
             full_q_num_blocks=blocks[6], full_q_indices=blocks[7], BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod,
         )  # fmt: skip
-    return flex(q, k, v, None if bias is None else _score_mod(bias), block_mask, scale, return_lse)
+    table = mask if bias is None else bias
+    return flex(q, k, v, None if bias is None else _score_mod(bias), block_mask, scale, return_lse, table)
 
 
 # ------------------------------------------------------------------------------------------------- compiled by us

@@ -119,15 +119,30 @@ def additive_bias(q: Tensor, mask: Any, key_padding: Any) -> Tensor | None:
     return None if full is None else masks.additive(full, q.dtype)
 
 
-def _expanded(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """(B, H, Sq, Sk) view of a bias whose rows start at multiples of 8 elements, as the efficient kernel wants."""
-    if bias is None:
-        return None
-    length = k.shape[1]
+def aligned_bias(bias: Tensor) -> Tensor:
+    """A (B|1, H|1, Sq|1, Sk) bias whose rows are dense and start at multiples of 8 elements.
+
+    The efficient kernel wants that and cuDNN computes garbage without it. PyTorch's own check looks at the strides and
+    not at where the storage begins: ``mask[..., 7:]`` ends the CUDA context in plain SDPA (H200, torch 2.11).
+    """
+    length = bias.shape[-1]
     padding = -length % 8
     if padding:
-        bias = F.pad(bias, (0, padding))[..., :length]
-    return bias.expand(q.shape[0], q.shape[2], q.shape[1], length)
+        return F.pad(bias, (0, padding))[..., :length]
+    if bias.storage_offset() % 8:
+        return bias.clone(memory_format=torch.contiguous_format)
+    if bias.is_contiguous():  # asked first: products of dynamic lengths would become conditions of an exported graph
+        return bias
+    if bias.stride(-1) != 1 or any(stride % 8 for stride in bias.stride()[:-1]):
+        return bias.contiguous()
+    return bias
+
+
+def _expanded(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """(B, H, Sq, Sk) view of a bias as the fused kernels can read it."""
+    if bias is None:
+        return None
+    return aligned_bias(bias).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
 
 
 def aligned(tensor: Tensor) -> Tensor:

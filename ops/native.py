@@ -23,6 +23,7 @@ from ._native_dense import (
     Forward,
     additive_bias,
     aligned,
+    aligned_bias,
     cudnn_backward,
     cudnn_forward,
     efficient_backward,
@@ -94,6 +95,7 @@ def _native_masked(
     bias = masks.additive(full, q.dtype)
     if q.is_cuda:
         q, k, v = _aligned_rows(q), _aligned_rows(k), _aligned_rows(v)
+        bias = aligned_bias(bias)
     gqa = grouped(q, k)
     if gqa and _choice(q, k, v, bias, False, scale) == "_native_math" and q.device.type != "cpu":
         # PyTorch has only its math kernel left for this, with Sq x Sk scores for each head (9 GiB at 16k tokens);

@@ -14,7 +14,7 @@ import torch
 import compiled_attn
 from compiled_attn import cli_list, cli_table, registry
 from compiled_attn.__main__ import BENCHMARKS, COMMANDS, main
-from compiled_attn.bench import overhead
+from compiled_attn.bench import kernels, overhead
 from compiled_attn.bench.timing import Times, measure
 from compiled_attn.packages import Package
 from compiled_attn.registry import Backend, Entry
@@ -366,6 +366,22 @@ def test_measure_tells_slow_from_fast() -> None:
     times = measure({"slow": lambda: time.sleep(1e-3), "fast": lambda: None}, 3, 2)
     assert times.median("slow") >= 1000
     assert times.over("slow", "fast") > 500
+
+
+def test_kernel_benchmark_prints_what_it_keeps(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "kernels.json"
+    names = ("native", "_native_math")
+    text = printed(
+        capsys, "bench", "kernels", "--device", "cpu", "--repeats", "1", "--json", str(kept), "--backends", *names
+    )
+    rows = json.loads(kept.read_text())["rows"]
+    assert [row["backend"] for row in rows] == list(names) * (len(rows) // 2)
+    assert {(row["shape"], row["mask"]) for row in rows} == {
+        (shape.name, mask) for shape in kernels.SMALL for mask in ("none", "key_padding")
+    }
+    for row in rows:
+        assert row["forward_ms"] > 0 < row["training_ms"]
+        assert f"{row['training_ms']:.3f}" in text
 
 
 def test_eager_benchmark_runs_what_it_names() -> None:

@@ -85,21 +85,24 @@ def test_layouts(backend, device, layout, mask, positions):
 
 
 @on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["bool", "float"])
-@pytest.mark.parametrize("layout", ["transposed", "strided_keys", "expanded_keys", "expanded_rows", "offset"])
-def test_layouts_of_masks(backend, device, kind, layout):
+@pytest.mark.parametrize("length", [33, 40], ids="{}keys".format)  # fused kernels want rows of a multiple of 8
+@pytest.mark.parametrize(
+    "layout", ["transposed", "strided_keys", "odd_rows", "expanded_keys", "expanded_rows", "offset"]
+)
+def test_layouts_of_masks(backend, device, layout, length, kind, dtype):
     require(backend)
     shape = {
-        "transposed": (2, 4, 33, 17), "strided_keys": (2, 4, 17, 66), "expanded_keys": (2, 4, 17, 1),
-        "expanded_rows": (2, 4, 1, 33), "offset": (2, 4, 17, 40),
+        "transposed": (2, 4, length, 17), "strided_keys": (2, 4, 17, 2 * length), "odd_rows": (2, 4, 17, length + 1),
+        "expanded_keys": (2, 4, 17, 1), "expanded_rows": (2, 4, 1, length), "offset": (2, 4, 17, length + 7),
     }[layout]  # fmt: skip
-    dtype = own_dtype(backend, device)
     mask = (torch.rand(shape) > 0.4 if kind == "bool" else torch.randn(shape).to(dtype)).to(device)
     mask = {
         "transposed": lambda: mask.transpose(2, 3), "strided_keys": lambda: mask[..., ::2],
-        "offset": lambda: mask[..., 7:],
-    }.get(layout, lambda: mask.expand(2, 4, 17, 33))()  # fmt: skip
-    verify(backend, Case(device, dtype, options={"attn_mask": mask}))
+        "odd_rows": lambda: mask[..., :length], "offset": lambda: mask[..., 7:],
+    }.get(layout, lambda: mask.expand(2, 4, 17, length))()  # fmt: skip
+    verify(backend, Case(device, dtype, k_length=length, options={"attn_mask": mask}))
 
 
 @on_every_backend

@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     compiler = "aot_eager" if arguments.quick else "inductor"
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["python", "-m", "compiled_attn", *sys.argv[1:]]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": report.device_name(device),
         "dtype": str(dtype).removeprefix("torch."),

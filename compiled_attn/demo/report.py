@@ -163,7 +163,9 @@ def picture(results: dict[str, Any], path: Path) -> None:
             places = [place + 0.27 for place, name in enumerate(names) if name in other]
             chosen = [other[name] for name in names if name in other]
             steps.bar(places, [1e3 * row["step"] for row in chosen], 0.26, color="#999999", label="Diffusers")
-            _bars(swaps, places, [row["first"] - row["step"] for row in chosen], "#999999", "Diffusers, first time")
+            _bars(swaps, places, [row["returned"] - row["step"] for row in chosen], "#999999", "Diffusers, on return")
+            swaps.plot(places, [1e3 * row["first"] for row in chosen], "_", color="#999999", ms=14, mew=2,
+                       label="Diffusers, first time (compiles)")  # fmt: skip
         steps.set_title("\n".join([model["name"], *textwrap.wrap(model["size"], 42)]), fontsize=9)
         steps.set_ylabel("step, ms")
         swaps.set_ylabel("added by a swap, ms (log)")
@@ -176,8 +178,9 @@ def picture(results: dict[str, Any], path: Path) -> None:
     handles = {
         label: handle for axis in axes[:, 0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    columns = min(len(handles), 1 + 2 * len(models))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=columns, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.03 * math.ceil(len(handles) / columns) + 0.01, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
