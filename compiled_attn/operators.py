@@ -8,9 +8,11 @@ A backend brings plain functions (:class:`Kernels`); :func:`define` adds the fak
 backward as an operator of its own, the error for double backward and the FLOP formulas. All of it happens at
 definition: a formula registered after an operator was traced once is silently ignored by compiled code.
 
-Two sorts of operator:
+Three sorts of operator:
 
 * opaque (default): compilers see one node with an exact fake and never look inside;
+* inlined (``Kernels.inlined``): the same to Dynamo and torch.export; torch.compile and AOTInductor lower what is
+  inside, forward and backward;
 * composite (``Kernels.composite``): CompositeImplicitAutograd over aten operators. ``torch.export`` and Dynamo
   see our node; torch.compile and AOTInductor lower what is inside, with aten's own backward.
 
@@ -25,8 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
+from . import flops
 from .spec import ALIGN_LOWER_RIGHT, CAUSAL, LOWER_RIGHT, UPPER_LEFT, Call
 
 NAMESPACE = "compiled_attn"
@@ -57,6 +61,8 @@ _FORWARD_DEFAULTS = {
 }
 _LENGTH = {False: 12, True: 14}
 
+_TRACED = (Tensor, FakeTensor, FunctionalTensor)
+
 Result = tuple[Tensor, Tensor, Tensor]
 
 
@@ -74,6 +80,8 @@ class Kernels:
     the operator is inference-only.
 
     ``composite`` operators may leave ``backward`` to aten under autograd; ``switch`` still calls it.
+    ``inlined`` operators are opaque to Dynamo and torch.export, but torch.compile and AOTInductor lower what the two
+    functions launch: aten operators and Triton kernels (through ``torch.library.wrap_triton``), without Python.
     ``fake_state(q, dropout_p)`` is the empty twin of ``state``. ``random`` says that dropout draws numbers.
 
     >>> import compiled_attn
@@ -84,6 +92,7 @@ class Kernels:
     forward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None
     composite: bool = False
+    inlined: bool = False
     random: bool = False
     fake_state: Callable[[Tensor, float], Tensor] | None = None
     tags: tuple[torch.Tag, ...] = ()
@@ -105,8 +114,10 @@ def define(base: str, kernels: Kernels, varlen: bool = False) -> torch._ops.OpOv
         _library.impl(f"{base}.{VERSION}", run, "CompositeExplicitAutograd")
         fake = _without_forward_ad(base, _fake_of(kernels, varlen))
         torch.library.register_fake(f"{NAMESPACE}::{base}.{VERSION}", fake, lib=_library)
+        if kernels.inlined:
+            _inline(f"{NAMESPACE}::{base}.{VERSION}", run)
         _define_backward(base, kernels, varlen)
-        register_flop_formula(getattr(torch.ops.compiled_attn, base), get_raw=True)(_flops(varlen, 2, 0))
+        flops.register(base, varlen, backward=False)
     return getattr(getattr(torch.ops.compiled_attn, base), VERSION)
 
 
@@ -244,8 +255,10 @@ def _define_backward(base: str, kernels: Kernels, varlen: bool) -> None:
     qualified = f"{NAMESPACE}::{name}.{VERSION}"
     _library.impl(f"{name}.{VERSION}", _without_autocast(run), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
+    if kernels.inlined:
+        _inline(qualified, _without_autocast(run))
     torch.library.register_autograd(qualified, _refuse_double_backward(base), lib=_library)
-    register_flop_formula(getattr(torch.ops.compiled_attn, name), get_raw=True)(_flops(varlen, 5, 1))
+    flops.register(name, varlen, backward=True)
 
     forward = getattr(getattr(torch.ops.compiled_attn, base), VERSION)
     operator = getattr(getattr(torch.ops.compiled_attn, name), VERSION)
@@ -299,6 +312,24 @@ def _define_backward(base: str, kernels: Kernels, varlen: bool) -> None:
     _library.impl(f"{base}.{VERSION}", autograd, "Autograd", with_keyset=True)
 
 
+def _inline(qualified: str, run: Callable[..., Any]) -> None:
+    """Let AOTAutograd trace ``run`` in place of the operator, as it does for ``torch.library.triton_op``.
+
+    torch.export keeps the operator: it sets the same switch for those. (triton_op itself makes the fake from the
+    kernel's own function, launches through a context manager, and takes no schema.)
+    """
+
+    def rule(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch._functorch.config.decompose_custom_triton_ops:
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        if any(issubclass(kind, Tensor) and kind not in _TRACED for kind in types):
+            return NotImplemented  # a subclass with rules of its own
+        with mode:
+            return run(*args, **kwargs)
+
+    torch.library.register_torch_dispatch(qualified, FunctionalTensorMode, rule, lib=_library)
+
+
 def _refuse_double_backward(base: str) -> Callable[..., Any]:
     def refuse(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(
@@ -306,23 +337,3 @@ def _refuse_double_backward(base: str) -> Callable[..., Any]:
         )
 
     return refuse
-
-
-def _flops(varlen: bool, products: int, first: int) -> Callable[..., int]:
-    """FLOP of ``products`` matrix products over every query/key pair, 2 for each multiply-add.
-
-    Forward: QK^T (D) and PV (Dv). Backward: QK^T, dQ, dK (D) and dP, dV (Dv). Masks are not subtracted,
-    as in ``torch.utils.flop_counter``. ``first`` is the position of q among the arguments.
-    """
-
-    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        q, k, v = args[first : first + 3]
-        head_dim, value_dim = q.shape[-1], v.shape[-1]
-        width = head_dim + value_dim if products == 2 else 3 * head_dim + 2 * value_dim
-        if not varlen:
-            return 2 * q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1] * width
-        cu_seqlens_q, cu_seqlens_k = args[first + 3 : first + 5]
-        pairs = int((cu_seqlens_q.diff().long() * cu_seqlens_k.diff().long()).sum())
-        return 2 * q.shape[1] * pairs * width
-
-    return count
