@@ -1,4 +1,4 @@
-"""``python -m compiled_attn list / explain / demo / bench / machine``."""
+"""``python -m compiled_attn list / explain / promises / demo / bench / machine``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ COMMANDS = {
     "list": ("cli_list", "every backend: whether it can run here, what it takes, how that was verified"),
     "explain": ("cli_explain", "which backends can run a call given by shapes, dtype, device and mask, and why not"),
     "machine": ("cli_machine", "versions and hardware, for a report"),
+    "promises": ("promises", "what each backend keeps under torch.compile, export and AOTInductor, by trying"),
     "demo": ("demo", "compile real diffusion transformers once, swap every backend, export one"),
 }
 BENCHMARKS = {
     "kernels": ("bench.kernels", "every backend at the shapes of real models: error, time, ratio to native"),
+    "ragged": ("bench.ragged", "our portable kernels: dense, packed and masked, beside PyTorch's own"),
     "overhead": ("bench.overhead", "what our dispatch costs beside plain SDPA and Diffusers' dispatcher"),
 }
 

@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``list``."""
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print everything as JSON")
+    form.add_argument(
+        "--verify", nargs="*", metavar="NAME", help="run every backend that can run here (or NAME) against float64"
+    )
     form.add_argument("--markdown", action="store_true", help="print the capabilities, the same on every machine")
     parser.add_argument(
         "--write", metavar="FILE", help=f"with --markdown: put the table between {BEGIN} and {END} of FILE"
@@ -42,7 +45,11 @@ def main(arguments: argparse.Namespace) -> int:
         if not arguments.markdown:
             print("--write needs --markdown", file=sys.stderr)
             return 2
-        return _write(pathlib.Path(arguments.write))
+        return cli_table.put_between(pathlib.Path(arguments.write), BEGIN, END, markdown())
+    if arguments.verify is not None:
+        from . import cli_verify  # it needs the dispatcher, which nothing else here does
+
+        return cli_verify.main(arguments.verify)
     if arguments.markdown:
         print(markdown())
     elif arguments.json:
@@ -222,14 +229,3 @@ def _gradient(limits: Limits) -> str:
     if limits.deterministic == "always":
         return text + "; deterministic"
     return text + ("; deterministic on demand" if limits.deterministic == "global" else "")
-
-
-def _write(path: pathlib.Path) -> int:
-    text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        print(f"{path} must hold {BEGIN} and, after it, {END}, once each", file=sys.stderr)
-        return 2
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    path.write_text(f"{head}{BEGIN}\n{markdown()}\n{END}{tail}")
-    return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import sys
 import textwrap
 from collections.abc import Sequence
 
@@ -47,6 +49,17 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """
     lines = [_markdown_row(headers), "|" + "---|" * len(headers)]
     return "\n".join([*lines, *(_markdown_row(row) for row in rows)])
+
+
+def put_between(path: pathlib.Path, begin: str, end: str, table: str) -> int:
+    """Replace what ``path`` has between the lines ``begin`` and ``end``; exit status 2 without them."""
+    text = path.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        print(f"{path} must hold {begin} and, after it, {end}, once each", file=sys.stderr)
+        return 2
+    head, rest = text.split(begin)
+    path.write_text(f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}")
+    return 0
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

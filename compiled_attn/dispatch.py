@@ -22,6 +22,11 @@ _any_autocast = torch._C._is_any_autocast_enabled  # 0.4 us less than asking for
 Alignment = Literal["upper_left", "lower_right"]
 
 
+# An int: with dynamic=True Dynamo makes a symbol of a default that is a float, finds that it must be constant, and
+# compiles every graph a second time (torch 2.13).
+NO_DROPOUT = 0
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -29,7 +34,7 @@ def attention(
     attn_mask: Any = None,
     *,
     key_padding_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = NO_DROPOUT,
     is_causal: bool = False,
     causal_alignment: Alignment = "upper_left",
     scale: float | None = None,
@@ -84,7 +89,7 @@ def attention_with_lse(
     attn_mask: Any = None,
     *,
     key_padding_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = NO_DROPOUT,
     is_causal: bool = False,
     causal_alignment: Alignment = "upper_left",
     scale: float | None = None,
@@ -119,7 +124,7 @@ def varlen_attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     *,
-    dropout_p: float = 0.0,
+    dropout_p: float = NO_DROPOUT,
     is_causal: bool = False,
     causal_alignment: Alignment = "upper_left",
     scale: float | None = None,
@@ -165,7 +170,7 @@ def varlen_attention_with_lse(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     *,
-    dropout_p: float = 0.0,
+    dropout_p: float = NO_DROPOUT,
     is_causal: bool = False,
     causal_alignment: Alignment = "upper_left",
     scale: float | None = None,
@@ -194,7 +199,7 @@ def dispatch_attention_fn(
     key: Tensor,
     value: Tensor,
     attn_mask: Any = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = NO_DROPOUT,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -257,6 +262,8 @@ def _dense(
 ) -> tuple[Tensor, Tensor]:
     compiling = torch.compiler.is_compiling()
     entry = _entry(backend, compiling)
+    if dropout_p == NO_DROPOUT:
+        dropout_p = 0.0
     mask, key_padding, kind = None, None, "none"
     if attn_mask is not None or key_padding_mask is not None:
         mask, key_padding, kind = prepared_masks(query, key, attn_mask, key_padding_mask)
@@ -327,6 +334,8 @@ def _varlen(
 ) -> tuple[Tensor, Tensor]:
     compiling = torch.compiler.is_compiling()
     entry = _entry(backend, compiling)
+    if dropout_p == NO_DROPOUT:
+        dropout_p = 0.0
     if compiling or _any_autocast():
         query, key, value = autocast(query, key, value)
     window = None if window_size is None else limited_window(window_size)

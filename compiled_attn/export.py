@@ -144,6 +144,8 @@ def load(path: str | os.PathLike[str], device: str | torch.device | None = None)
         damaged = file.testzip()  # torch's reader checks no CRC
         if damaged is not None:
             raise ValueError(f"{path}: {damaged} is damaged; package the model again")
+    for backend in {one["backend"] for one in content["operators"] if one["python"]} - {None}:
+        registry.usable(backend)  # loads what it needs: a kernel of the Hub is never fetched by a call
     kind = content["device"]["type"]
     index = None if device is None else torch.device(device).index
     if index is None and kind != "cpu":

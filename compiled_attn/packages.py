@@ -61,7 +61,8 @@ class Package:
         if self.minimum is not None:
             version = self.version()
             if version is None:
-                return [f"module {self.module!r} is there, but not from {self.distribution!r}{self._fix()}"]
+                root = self.module.split(".")[0]
+                return [f"module {root!r} is there, but not from {self.distribution!r}{self._fix()}"]
             if torch.torch_version.TorchVersion(version) < self.minimum:
                 return [f"{self.distribution} {version} is older than {self.minimum}{self._fix()}"]
         return []

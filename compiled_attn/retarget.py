@@ -52,10 +52,12 @@ def retarget(program: torch.export.ExportedProgram, backend: str) -> torch.expor
     if found:
         raise NotImplementedError(report(f"backend {backend!r} cannot run this program:", found))
     for node, varlen in calls:
-        node.target = entry.varlen_op if varlen else entry.op
+        operator = entry.varlen_op if varlen else entry.op
+        assert operator is not None  # refusal() has looked
         args = _values(node)
+        node.target = operator
         with args[0].fake_mode:
-            node.meta["val"] = node.target(*args)
+            node.meta["val"] = operator(*args)
     module.recompile()
     return torch.export.ExportedProgram(
         root=module,

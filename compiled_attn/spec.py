@@ -65,6 +65,8 @@ class Limits:
     lengths are on the device: there the two are one when cu_seqlens_q and cu_seqlens_k are the same tensor.)
     ``verified`` says how the entry is known: "hardware", "contract" (recorded signatures
     only) or "not run".
+    ``rounding`` is what kernels that round to int8, fp8 or fp4 may add to the error of out, as a share of its root mean
+    square; 0.0 for those that round to the dtype alone. No rule: tests and ``list --verify`` go by it.
     ``also`` holds rules that fit no field: functions from a Call to a reason, or None.
 
     >>> import torch, compiled_attn
@@ -90,6 +92,7 @@ class Limits:
     gradient: bool = True
     deterministic: str = "always"
     verified: str = "hardware"
+    rounding: float = 0.0
     also: tuple[Callable[[Call], str | None], ...] = ()
 
 
@@ -185,6 +188,8 @@ def reasons(limits: tuple[Limits, ...], call: Call) -> list[str]:
                 f"aligns causal and window masks {served}, not {call.alignment}; pass causal_alignment={served!r}, or "
                 "one and the same tensor as cu_seqlens_q and cu_seqlens_k, if the lengths are equal"
             )
+        elif not call.varlen and call.query[-3] != call.key[-3] and not chosen.alignments:
+            found.append(f"has causal and window masks for Sq == Sk only, not {call.query[-3]} and {call.key[-3]}")
         elif not call.varlen and call.query[-3] != call.key[-3]:
             found.append(
                 f"aligns causal and window masks {served} when Sq != Sk "

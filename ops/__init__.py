@@ -9,4 +9,14 @@ if __name__ != "compiled_attn.ops":
 # ruff: noqa: I001  (the order here is the order of list_backends())
 from . import native as native
 from . import flex as flex
+from . import flash2 as flash2
+from . import flash3 as flash3
+from . import flash4 as flash4
+from . import sage as sage
+from . import hub as hub
+from . import xformers as xformers
+from . import aiter as aiter
+from . import npu as npu
+from . import xla as xla
+from . import triton as triton
 from . import switch as switch

@@ -59,13 +59,14 @@ def _pieces(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[tuple[slice, sli
     return [(slice(q0, q1), slice(k0, k1)) for q0, q1, k0, k1 in pairs if q1 > q0 and k1 > k0]
 
 
-def _past_window(max_seqlen_k: int, window: Any) -> int:
-    """A bound of the key lengths that is over the window's right part.
+def _past_window(max_seqlen_q: int, max_seqlen_k: int, window: Any) -> int:
+    """A bound of the key lengths that is over the window's right part, and over the query lengths.
 
-    FlashAttention-2 takes a right part >= max_seqlen_k for an open one, which is wrong for a sequence with more queries
-    than keys, as it aligns at the lower right. A bound too large costs nothing.
+    FlashAttention-2 takes a right part >= max_seqlen_k for an open one, and an open one beside a limited left part for
+    max_seqlen_k keys. Both are wrong for a sequence with more queries than keys, as it aligns at the lower right. A
+    bound too large costs nothing.
     """
-    return max_seqlen_k if window is None else max(max_seqlen_k, window[1] + 1)
+    return max_seqlen_k if window is None else max(max_seqlen_k, max_seqlen_q, window[1] + 1)
 
 
 def _behind(packed: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def flash_varlen_forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, scale, return_lse=return_lse
         )
     if q.device.type == "cuda":
-        max_seqlen_k = _past_window(max_seqlen_k, window)
+        max_seqlen_k = _past_window(max_seqlen_q, max_seqlen_k, window)
         out, lse, _, _, _ = aten._flash_attention_forward(
             aligned(q), aligned(k), aligned(v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
             bool(causal & CAUSAL), False, scale=resolved_scale(q, scale), **flash_windows(window, causal),
@@ -117,7 +118,7 @@ def flash_varlen_backward(
 ) -> Backward:  # fmt: skip
     if q.device.type == "cuda" and q.numel() and k.numel():
         unused = torch.empty(2, dtype=torch.uint64, device=q.device)
-        max_seqlen_k = _past_window(max_seqlen_k, window)
+        max_seqlen_k = _past_window(max_seqlen_q, max_seqlen_k, window)
         gradients = aten._flash_attention_backward(
             *(aligned(tensor) for tensor in (grad_out, q, k, v, out)), empty_to(lse, -math.inf, math.inf),
             cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, bool(causal & CAUSAL), unused, unused,

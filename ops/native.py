@@ -18,6 +18,7 @@ from compiled_attn.operators import Kernels
 from compiled_attn.registry import Backend, register_backend
 from compiled_attn.spec import ALIGN_LOWER_RIGHT, CAUSAL, LOW_PRECISION, LOWER_RIGHT, UPPER_LEFT, Call, Limits
 
+from . import _triton_functions
 from ._native_dense import (
     Backward,
     Forward,
@@ -135,7 +136,7 @@ def native_choice(
 
 
 def _varlen_kernels(q: Tensor, v: Tensor, causal: int, window: Any) -> Kernels:
-    """`native` on packed sequences: flash where it serves the call, else math."""
+    """`native` on packed sequences: flash where it serves the call, else our Triton kernels, else math."""
     if q.device.type == "cpu":
         return VARLEN_KERNELS["_native_flash"]
     flash = (
@@ -147,6 +148,8 @@ def _varlen_kernels(q: Tensor, v: Tensor, causal: int, window: Any) -> Kernels:
         # it aligns at the lower right, and the lengths of the sequences are on the device
         and (causal & ALIGN_LOWER_RIGHT or (causal == 0 and window is None))
     )
+    if not flash and _triton_functions.serves_varlen(q, v):
+        return _triton_functions.VARLEN
     return VARLEN_KERNELS["_native_flash" if flash else "_native_math"]
 
 
@@ -198,10 +201,17 @@ def _cudnn_rules(call: Call) -> str | None:
 
 
 def _flash_rules(call: Call) -> str | None:
-    """FlashAttention-2 takes a window that reaches past the last key for an open one, which rows with Sq > Sk see."""
-    if call.window is not None and call.window[1] >= call.key[-3] and call.query[-3] > call.key[-3] and not call.causal:
+    """FlashAttention-2 knows no window that is open at the right, or reaches past the last key, when Sq > Sk.
+
+    It takes the one for Sk keys wide and the other for open; rows are aligned at the lower right.
+    """
+    if call.window is None or call.causal or call.query[-3] <= call.key[-3]:
+        return None
+    left, right = call.window
+    if right >= call.key[-3] or right < 0 <= left:
         return (
-            f"has no window of {call.window} when Sq > Sk ({call.query[-3]} > {call.key[-3]}) and its right part >= Sk"
+            f"has no window of {call.window} when Sq > Sk ({call.query[-3]} > {call.key[-3]}) and its right part is "
+            "open or >= Sk"
         )
     return None
 

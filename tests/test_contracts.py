@@ -16,7 +16,7 @@ from compiled_attn import registry
 from compiled_attn.operators import Kernels
 from compiled_attn.packages import Package, require
 from compiled_attn.registry import Backend
-from compiled_attn.spec import Limits
+from compiled_attn.spec import Call, Limits
 
 X = torch.randn(2, 8, 4, 16)
 
@@ -346,6 +346,25 @@ def test_dispatch_attention_fn_has_every_option():
         compiled_attn.dispatch_attention_fn(query, query, query, parallel_config=object())
 
 
+@pytest.mark.parametrize(
+    ("window", "lengths", "served"),
+    [
+        ((3, -1), (33, 17), False), ((3, 17), (33, 17), False), ((3, 16), (33, 17), True), ((-1, 2), (33, 17), True),
+        ((3, -1), (17, 33), True), ((3, 40), (17, 33), True), ((3, -1), (17, 17), True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_flash_attention_2_has_no_open_window_for_more_queries_than_keys(window, lengths, served):
+    """It would take an open right part for one of Sk keys, counted from the lower right: wrong without a word."""
+    q_length, k_length = lengths
+    shapes = ((1, q_length, 4, 64), (1, k_length, 4, 64), (1, k_length, 4, 64))
+    call = Call(*shapes, (torch.float16,) * 3, ("cuda",) * 3, (9, 0), window=window, alignment="lower_right")
+    found = registry.refusal(registry.find("_native_flash"), call)
+    assert bool(found) != served
+    if found:
+        assert "right part is open or >= Sk" in found[0]
+
+
 def _plain_kernels() -> Kernels:
     return Kernels(lambda q, k, v, *rest: (q.clone(), None, None))
 
@@ -389,7 +408,8 @@ def test_packages_are_told_apart(tmp_path, monkeypatch):
         "module 'no_thing' is not installed; make one"
     ]
     assert "is there, but not from 'no-thing'" in Package("odd_thing", "no-thing", "1.0").missing()[0]
-    assert f"torch {importlib.metadata.version('torch')} is older than 999" in Package("torch", "torch", "999").missing()[0]
+    version = importlib.metadata.version("torch")
+    assert f"torch {version} is older than 999" in Package("torch", "torch", "999").missing()[0]
     broken = Package("broken_thing", "broken-thing")
     wanted = "broken-thing is installed but broken: OSError: libcudart.so.12: cannot open shared object file"
     assert broken.missing() == [wanted]

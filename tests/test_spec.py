@@ -71,7 +71,7 @@ def test_each_limit_alone(field):
 
 def test_every_field_of_limits_is_tested():
     fields = {field.name for field in dataclasses.fields(Limits)}
-    assert fields - set(VIOLATIONS) == {"verified"}  # says how the entry is known; no rule
+    assert fields - set(VIOLATIONS) == {"verified", "rounding"}  # how the entry is known, how exact it is; no rules
 
 
 def test_all_reasons_at_once():

@@ -1,0 +1,206 @@
+"""``python -m compiled_attn list --verify``: every backend that can run here, run once and compared with float64."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cli_table, reference, registry
+from .cli_list import absences, device_here
+from .dispatch import attention, attention_with_lse, varlen_attention, varlen_attention_with_lse
+from .questions import why_not
+from .registry import Backend
+from .spec import Limits, names
+
+# Neither multiples of a block nor of each other; in the packed call, an empty sequence.
+Q_LENGTH, K_LENGTH, HEADS = 100, 130, 4
+STARTS_Q, STARTS_K = (0, 37, 37, 100), (0, 5, 64, 130)
+_HEADERS = ("backend", "call", "device", "dtype", "out", "plain", "lse", "plain", "gradients", "plain", "")
+_ACCELERATORS = ("cuda", "xpu", "mps", "npu", "xla", "cpu")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One backend's run of one call. ``errors`` and ``plain`` are the largest differences from float64.
+
+    ``wrong`` says what is, "" if nothing; ``note`` why there was no run.
+    """
+
+    backend: str
+    varlen: bool
+    device: str = ""
+    dtype: str = ""
+    errors: tuple[float | None, ...] = (None, None, None)  # out, lse, gradients
+    plain: tuple[float | None, ...] = (None, None, None)
+    wrong: str = ""
+    note: str = ""
+
+
+def main(wanted: list[str]) -> int:
+    """Print a table of errors; 1 if a backend is wrong, 2 for a name that is none. Without names: all that run here."""
+    for name in wanted:
+        if name not in registry.BACKENDS:
+            print(registry.unknown(name), file=sys.stderr)
+            return 2
+    outcomes = list(outcomes_of(wanted))
+    rows = [_row(outcome) for outcome in outcomes]
+    print("Largest differences from float64, and those of plain PyTorch in the same dtype:\n")
+    print(cli_table.text(_HEADERS, rows))
+    wrong = [outcome for outcome in outcomes if outcome.wrong]
+    ran = sum(1 for outcome in outcomes if not outcome.note)
+    print(f"\n{ran} runs, {len(wrong)} wrong")
+    return 1 if wrong else 0
+
+
+def outcomes_of(wanted: list[str]) -> Iterator[Outcome]:
+    """Run the backends called ``wanted``, or all that can run here without a download."""
+    for name in wanted or registry.list_backends():
+        backend = registry.backend_info(name)
+        missing = absences(name)
+        if missing:
+            if wanted:
+                yield Outcome(name, False, wrong="; ".join(missing), note="cannot run here")
+            continue
+        if not wanted and not all(at_hand() for at_hand in _at_hand(backend)):
+            yield Outcome(name, False, note=f"not fetched yet; list --verify {name} fetches and runs it")
+            continue
+        for varlen, kernels in ((False, backend.dense), (True, backend.varlen)):
+            if kernels is not None:
+                yield run(name, varlen)
+
+
+def _at_hand(backend: Backend) -> list[Any]:
+    return [package.at_hand for package in backend.packages if hasattr(package, "at_hand")]
+
+
+def run(name: str, varlen: bool) -> Outcome:
+    """Run backend ``name`` once, with the first dtype of its limits for the best device here."""
+    backend = registry.backend_info(name)
+    limits, device = _entry(backend.varlen_limits if varlen else backend.limits)
+    dtype = limits.dtypes[0]
+    outcome = Outcome(name, varlen, device, names((dtype,)))
+    try:
+        registry.usable(name)
+        return _compared(outcome, limits, *_tensors(limits, device, dtype, varlen))
+    except Exception as error:  # whatever a kernel raises is what the table shall say
+        return replace(outcome, wrong=f"{type(error).__name__}: {error}")
+
+
+def _entry(limits: tuple[Limits, ...]) -> tuple[Limits, str]:
+    found = [
+        (_ACCELERATORS.index(device), number)
+        for number, one in enumerate(limits)
+        for device in one.devices
+        if device in _ACCELERATORS and device_here(device)
+    ]
+    best, number = min(found)
+    return limits[number], _ACCELERATORS[best]
+
+
+def _tensors(limits: Limits, device: str, dtype: torch.dtype, varlen: bool) -> tuple[list[Tensor], dict[str, Any]]:
+    multiple = limits.head_dim_multiple
+    width = max(-(-limits.min_head_dim // multiple), 64 // multiple, 1) * multiple
+    if limits.max_head_dim is not None:
+        width = min(width, limits.max_head_dim)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(length, HEADS, width) if varlen else (2, length, HEADS, width) for length in (Q_LENGTH, K_LENGTH)]
+    tensors = [torch.randn(shapes[at], generator=generator).to(dtype).to(device) for at in (0, 1, 1)]
+    starts = {"cu_seqlens_q": STARTS_Q, "cu_seqlens_k": STARTS_K} if varlen else {}
+    return tensors, {at: torch.tensor(of, dtype=torch.int32, device=device) for at, of in starts.items()}
+
+
+def _compared(outcome: Outcome, limits: Limits, tensors: list[Tensor], starts: dict[str, Tensor]) -> Outcome:
+    asked = [tensor.detach().requires_grad_(limits.gradient) for tensor in tensors]
+    refused = why_not(outcome.backend, *asked)
+    if refused:
+        return replace(outcome, note="refuses this call: " + "; ".join(refused))
+    call: Any = varlen_attention if outcome.varlen else attention
+    with_lse = not why_not(outcome.backend, *asked, return_lse=True)
+    if with_lse:
+        call = varlen_attention_with_lse if outcome.varlen else attention_with_lse
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, **starts: Tensor) -> tuple[Tensor, Tensor | None]:
+        result = call(query, key, value, **starts, backend=outcome.backend)
+        return result if with_lse else (result, None)
+
+    exact = reference.varlen_attention if outcome.varlen else reference.attention
+    high = [tensor.cpu().double() for tensor in tensors]  # not every device has float64
+    results = [
+        _measured(kernel, tensors, starts, limits.gradient),
+        _measured(_plain_packed if outcome.varlen else _plain, tensors, starts, limits.gradient),
+        _measured(exact, high, {name: of.cpu() for name, of in starts.items()}, limits.gradient),
+    ]
+    wrong = []
+    errors: list[float | None] = []
+    plain: list[float | None] = []
+    for what, actual, yardstick, right in zip(("out", "lse", "gradients"), *results, strict=True):
+        if actual is None or yardstick is None or right is None:
+            errors.append(None)
+            plain.append(None)
+            continue
+        found = [_verdict(*three, limits.rounding) for three in zip(actual, yardstick, right, strict=True)]
+        errors.append(max(error for error, _, _ in found))
+        plain.append(max(error for _, error, _ in found))
+        if not all(fine for _, _, fine in found):
+            wrong.append(f"{what} wrong")
+    return replace(outcome, errors=tuple(errors), plain=tuple(plain), wrong=", ".join(wrong))
+
+
+def _measured(call: Any, tensors: list[Tensor], starts: dict[str, Tensor], gradient: bool) -> list[Any]:
+    """[(out,), (lse,) or None, (dq, dk, dv) or None] of ``call``; the gradient that flows in is the same for all."""
+    inputs = [tensor.detach().requires_grad_(gradient) for tensor in tensors]
+    with torch.set_grad_enabled(gradient):
+        out, lse = call(*inputs, **starts)
+    gradients = None
+    if gradient:
+        flow = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+        gradients = torch.autograd.grad(out, inputs, flow.to(out.device, out.dtype))
+    return [(out.detach(),), None if lse is None else (lse.detach(),), gradients]
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention as plain PyTorch writes it, every step in the dtype of the inputs."""
+    q, k, v = (tensor.transpose(-3, -2) for tensor in (query, key, value))
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ v).transpose(-3, -2), scores.logsumexp(-1)
+
+
+def _plain_packed(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> tuple[Tensor, Tensor]:
+    starts = list(zip(STARTS_Q, STARTS_Q[1:], STARTS_K, STARTS_K[1:], strict=False))
+    results = [_plain(query[a:b], key[c:d], value[c:d]) for a, b, c, d in starts]
+    return torch.cat([out for out, _ in results]), torch.cat([lse for _, lse in results], -1)
+
+
+def _verdict(actual: Tensor, yardstick: Tensor, right: Tensor, rounding: float) -> tuple[float, float, bool]:
+    """Error, plain PyTorch's error, and whether the first is at most twice the second, or what ``rounding`` allows."""
+    if actual.shape != right.shape:
+        return math.inf, 0.0, False
+    actual, yardstick, right = actual.cpu(), yardstick.cpu(), right.cpu()
+    step = 4 * torch.finfo(actual.dtype).eps * (1.0 + float(right.abs().max()))
+    error, plainly = (float((tensor.double() - right).abs().max()) for tensor in (actual, yardstick))
+    fine = error <= 2.0 * plainly + step
+    if rounding and not fine:
+        size = float(right.pow(2).mean().sqrt())
+        fine = float((actual.double() - right).pow(2).mean().sqrt()) <= rounding * size
+    return error, plainly, fine
+
+
+def _row(outcome: Outcome) -> tuple[str, ...]:
+    call = "" if outcome.note else "varlen" if outcome.varlen else "dense"
+    cells = [
+        "-" if value is None else f"{value:.1e}"
+        for pair in zip(outcome.errors, outcome.plain, strict=True)
+        for value in pair
+    ]
+    if outcome.note or not any(value is not None for value in outcome.errors):
+        cells = [""] * len(cells)
+    said = "; ".join(part for part in (outcome.note, outcome.wrong) if part)
+    return (outcome.backend, call, outcome.device, outcome.dtype, *cells, said or "right")

@@ -1,0 +1,374 @@
+"""``python -m compiled_attn promises``: what each backend keeps under torch.compile, export and AOTInductor, by trying.
+
+Each backend gets a process of its own; each cell is one small model, compiled or exported for real, run, and compared
+with float64. A cell works, is refused with a reason, or has failed: then the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import cli_table, registry
+from .cli_list import absences
+from .cli_machine import machine
+from .compilation import compile
+from .export import load, package
+from .operators import NAMESPACE
+from .reference import attention as exact
+from .state import SWITCH, attention_backend, set_attention_backend
+
+BEGIN = "<!-- promises:begin -->"
+END = "<!-- promises:end -->"
+HEADS, WIDTH, LENGTHS = 4, 64, (96, 131)
+WORKS, REFUSED, FAILED = "works", "refused", "failed"
+
+
+class Refusal(Exception):
+    """What cannot be asked of this backend, or here."""
+
+
+class Block(nn.Module):
+    """Attention of x with itself, and one pointwise operation before and after it for compilers to fuse."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        from .dispatch import attention  # what a user's module would call
+
+        q, k, v = (x * factor for factor in (1.0, 0.5, 2.0))
+        return attention(q, k, v) + x
+
+
+class Subject:
+    """One backend on one device: inputs, what is right, and a compiler that counts its graphs."""
+
+    def __init__(self, backend: str, device: str) -> None:
+        info = registry.backend_info(backend)
+        self.limits = next(limits for limits in info.limits if device in limits.devices)
+        self.backend, self.device, self.traced = backend, device, info.traced is not None
+        self.operator = f"{NAMESPACE}::{info.operator_names()[0]}"
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def model(self, backend: str | None = None) -> nn.Module:
+        model = Block().eval()
+        set_attention_backend(model, backend or self.backend)
+        return model
+
+    def input(self, length: int = LENGTHS[0], seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(2, length, HEADS, WIDTH, generator=generator)
+        return x.to(self.limits.dtypes[0]).to(self.device)
+
+    def compiled(self, model: nn.Module, **options: Any) -> Any:
+        def count(graph: torch.fx.GraphModule, inputs: list[Any], **more: Any) -> Any:
+            self.graphs.append(graph)
+            return torch._inductor.compile(graph, inputs, options=more.get("options"))
+
+        torch._dynamo.reset()
+        self.graphs.clear()
+        return compile(model, fullgraph=True, backend=count, **options)
+
+    def check_graphs(self, number: int, operator: str | None = None) -> None:
+        assert len(self.graphs) == number, f"{len(self.graphs)} graphs, expected {number}"
+        if not self.traced:
+            _check_operator(self.graphs[-1], operator or self.operator)
+
+    def check(self, out: Tensor, x: Tensor) -> None:
+        """Error of ``out`` at most twice plain PyTorch's, plus rounding; or what ``Limits.rounding`` allows."""
+        right, plain = _right(x), _plain(x)
+        _close("output", out, right, plain, self.limits.rounding)
+
+
+def _right(x: Tensor) -> Tensor:
+    q, k, v = ((x * factor).double() for factor in (1.0, 0.5, 2.0))
+    return exact(q, k, v)[0] + x.double()
+
+
+def _plain(x: Tensor) -> Tensor:
+    q, k, v = ((x * factor).transpose(1, 2) for factor in (1.0, 0.5, 2.0))
+    weights = (q @ k.transpose(-1, -2) * WIDTH**-0.5).softmax(-1)
+    return (weights @ v).transpose(1, 2) + x
+
+
+def _close(what: str, actual: Tensor, right: Tensor, plain: Tensor, rounding: float = 0.0) -> None:
+    right = right.detach()
+    error = float((actual.detach().double() - right).abs().max())
+    allowed = 2 * float((plain.detach().double() - right).abs().max())
+    allowed += 4 * torch.finfo(actual.dtype).eps * (1 + float(right.abs().max()))
+    if rounding and error > allowed:
+        error = float((actual.detach().double() - right).pow(2).mean().sqrt())
+        allowed = rounding * float(right.pow(2).mean().sqrt())
+    assert error <= allowed, f"{what} is off by {error:.2e} from float64, allowed {allowed:.2e}"
+
+
+def _check_operator(graph: torch.fx.GraphModule, name: str) -> None:
+    targets = {str(node.target).rpartition(".")[0].replace(".", "::", 1) for node in graph.graph.nodes}
+    assert name in targets, f"{name} is not in the graph"
+
+
+# ----------------------------------------------------------------------------------------------------------- the cells
+
+
+def _forward(subject: Subject) -> None:
+    x = subject.input()
+    call = subject.compiled(subject.model())
+    with torch.no_grad():
+        subject.check(call(x), x)
+    subject.check_graphs(1)
+
+
+def _training(subject: Subject) -> None:
+    x = subject.input().requires_grad_()
+    model = compile(subject.model(), fullgraph=True)
+    torch._dynamo.reset()
+    flow = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(x.dtype).to(x.device)
+    (gradient,) = torch.autograd.grad(model(x), x, flow)
+    double = x.detach().double().requires_grad_()
+    (right,) = torch.autograd.grad(_right(double), double, flow.double())
+    (plain,) = torch.autograd.grad(_plain(x), x, flow)
+    _close("gradient", gradient, right, plain)
+
+
+def _dynamic(subject: Subject) -> None:
+    call = subject.compiled(subject.model(), dynamic=True)
+    with torch.no_grad():
+        for length in (*LENGTHS, 200):
+            x = subject.input(length)
+            subject.check(call(x), x)
+    subject.check_graphs(1)
+
+
+def _reduce_overhead(subject: Subject) -> None:
+    if subject.device != "cuda":
+        raise Refusal("CUDA graphs need a CUDA device")
+    torch._dynamo.reset()
+    call = compile(subject.model(), fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for seed in range(4):  # warm-up, recording, replays on other data
+            x = subject.input(seed=seed)
+            torch.compiler.cudagraph_mark_step_begin()
+            subject.check(call(x).clone(), x)
+
+
+def _switch(subject: Subject) -> None:
+    x = subject.input()
+    call = subject.compiled(subject.model(SWITCH))
+    with torch.no_grad():
+        for name in ("native", subject.backend, "native", subject.backend):
+            with attention_backend(name):
+                subject.check(call(x), x)
+    if not subject.traced:
+        subject.check_graphs(1, f"{NAMESPACE}::{SWITCH}")
+
+
+def _export(strict: bool) -> Callable[[Subject], None]:
+    def cell(subject: Subject) -> None:
+        x = subject.input()
+        length = torch.export.Dim("length", min=2, max=4096)
+        # a pinned forward takes (*args): strict export names the dimensions by the model's own signature
+        model = Block().eval()
+        with torch.no_grad(), attention_backend(subject.backend):
+            program = torch.export.export(model, (x,), dynamic_shapes={"x": {1: length}}, strict=strict)
+            if not subject.traced:
+                _check_operator(program.graph_module, subject.operator)
+            longer = subject.input(LENGTHS[1])
+            subject.check(program.module()(longer), longer)
+
+    return cell
+
+
+def _packaged(subject: Subject, path: pathlib.Path, **options: Any) -> None:
+    length = torch.export.Dim("length", min=2, max=4096)
+    with torch.no_grad():
+        package(
+            Block().eval(), (subject.input(),), path, backend=subject.backend, dynamic_shapes={"x": {1: length}},
+            **options,
+        )  # fmt: skip
+
+
+def _aoti(subject: Subject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "model.pt2"
+        _packaged(subject, path)
+        run = load(path)
+        with torch.no_grad():
+            for length in LENGTHS:
+                x = subject.input(length)
+                subject.check(run(x), x)
+
+
+_FOREIGN = """
+import sys, torch
+folder = sys.argv[1]
+run = torch._inductor.aoti_load_package(folder + "/model.pt2")
+out = run(torch.load(folder + "/x.pt"))
+assert "compiled_attn" not in sys.modules
+torch.save(out.cpu(), folder + "/out.pt")
+"""
+
+
+def _aoti_alone(subject: Subject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        _packaged(subject, pathlib.Path(folder) / "model.pt2", python_free=True)
+        x = subject.input(LENGTHS[1])
+        torch.save(x, f"{folder}/x.pt")
+        done = subprocess.run(
+            [sys.executable, "-c", _FOREIGN, folder], capture_output=True, text=True, timeout=300, cwd=folder,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-500:]
+        subject.check(torch.load(f"{folder}/out.pt").to(x.device), x)
+
+
+CELLS: dict[str, Callable[[Subject], None]] = {
+    "forward": _forward,
+    "training": _training,
+    "dynamic shapes": _dynamic,
+    "reduce-overhead": _reduce_overhead,
+    "switch": _switch,
+    "export": _export(False),
+    "export, strict": _export(True),
+    "AOTI": _aoti,
+    "AOTI without Python": _aoti_alone,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``promises``."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: all that can run here")
+    parser.add_argument("--jobs", type=int, default=min(8, max(1, (os.cpu_count() or 2) // 2)), metavar="N",
+                        help="backends tried at a time (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--timeout", type=int, default=900, metavar="SECONDS", help="for one backend")
+    parser.add_argument("--json", metavar="FILE", help="write results, versions and machine to FILE")
+    parser.add_argument("--markdown", nargs="+", metavar="FILE", help="try nothing: print the table of earlier FILEs")
+    parser.add_argument("--write", metavar="FILE", help=f"with --markdown: put it between {BEGIN} and {END} of FILE")
+    parser.add_argument("--worker", metavar="NAME", help=argparse.SUPPRESS)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Try everything, or print what was tried; exit status 1 if a cell failed."""
+    if arguments.worker:
+        print(json.dumps(try_all(arguments.worker, arguments.device)))
+        return 0
+    if arguments.markdown:
+        table = markdown([json.loads(pathlib.Path(name).read_text()) for name in arguments.markdown])
+        if arguments.write is None:
+            print(table)
+            return 0
+        return cli_table.put_between(pathlib.Path(arguments.write), BEGIN, END, table)
+    names = arguments.backends or [name for name in registry.list_backends() if name != SWITCH]
+    rows = {}
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        waiting = {pool.submit(_in_a_process, name, arguments): name for name in names}
+        bar = tqdm(concurrent.futures.as_completed(waiting), total=len(names), desc="promises", unit="backend")
+        for done in bar:
+            rows[waiting[done]] = done.result()
+    result = {
+        "command": shlex.join(["python", "-m", "compiled_attn", *sys.argv[1:]]),
+        **machine(),
+        "device": arguments.device,
+        "rows": {name: rows[name] for name in names},
+    }
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+    headers = ("backend", *CELLS)
+    print(cli_table.text(headers, [(name, *(row[cell]["result"] for cell in CELLS)) for name, row in rows.items()]))
+    wrong = [(name, cell, row[cell]["reason"]) for name, row in rows.items() for cell in CELLS
+             if row[cell]["result"] == FAILED]  # fmt: skip
+    for name, cell, reason in wrong:
+        print(f"FAILED: {name}, {cell}: {reason}")
+    return 1 if wrong else 0
+
+
+def _in_a_process(name: str, arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
+    if not arguments.backends and (missing := absences(name)):
+        return {cell: {"result": "not run", "reason": "; ".join(missing)} for cell in CELLS}
+    command = [sys.executable, "-m", "compiled_attn", "promises", "--worker", name, "--device", arguments.device]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout, check=False)
+        if done.returncode == 0:
+            return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+        return {cell: {"result": FAILED, "reason": done.stderr[-500:]} for cell in CELLS}
+    return {cell: {"result": FAILED, "reason": f"not done after {arguments.timeout} s"} for cell in CELLS}
+
+
+def try_all(name: str, device: str) -> dict[str, dict[str, str]]:
+    """The cells of backend ``name``, tried in this process."""
+    found: dict[str, dict[str, str]] = {}
+    limits = registry.backend_info(name).limits
+    if not any(device in one.devices for one in limits):
+        reason = f"runs on {'/'.join(sorted({place for one in limits for place in one.devices}))}"
+        return {cell: {"result": "not run", "reason": reason} for cell in CELLS}
+    registry.usable(name)
+    subject = Subject(name, device)
+    for title, cell in CELLS.items():
+        try:
+            cell(subject)
+            found[title] = {"result": WORKS, "reason": ""}
+        except Exception as error:
+            found[title] = _told(error)
+    return found
+
+
+def _told(error: BaseException) -> dict[str, str]:
+    """A refusal, wherever it is in what a compiler wrapped round it, or a failure."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (Refusal, NotImplementedError)):
+            return {"result": REFUSED, "reason": _first_reason(str(seen))}
+        seen = seen.__cause__ or seen.__context__
+    for mark in ("cannot run this call:", "cannot run this program:", ", cannot:"):
+        if mark in str(error):
+            return {"result": REFUSED, "reason": _first_reason(str(error)[str(error).index(mark) :])}
+    return {"result": FAILED, "reason": f"{type(error).__name__}: {error}"[:500]}
+
+
+def _first_reason(text: str) -> str:
+    """The first reason of a report, or all of a plain message."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """One table of all results: "works", or the number of the reason below it."""
+    notes: list[str] = []
+    rows = []
+    for result in results:
+        for name, cells in result["rows"].items():
+            if all(cells[cell]["result"] == "not run" for cell in CELLS):
+                continue
+            rows.append((f"`{name}`", result["device"], *(_cell(cells[cell], notes) for cell in CELLS)))
+    table = cli_table.markdown(("backend", "on", *CELLS), rows)
+    said = "\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1))
+    made = "\n".join(f"- {_where(result)}: `{result['command']}`" for result in results)
+    return f"{table}\n\n{said}\n\n{made}"
+
+
+def _cell(cell: dict[str, str], notes: list[str]) -> str:
+    if cell["result"] == WORKS:
+        return WORKS
+    if cell["reason"] not in notes:
+        notes.append(cell["reason"])
+    return f"{cell['result']} ({notes.index(cell['reason']) + 1})"
+
+
+def _where(result: dict[str, Any]) -> str:
+    what = result["gpu"] if result["device"] == "cuda" else "CPU"
+    return f"{what}, torch {result['versions']['torch']}"

@@ -1,0 +1,300 @@
+"""How SageAttention's kernels are called: layouts, widths, smoothing of K, masks, packing.
+
+The factories take anything with ``load()``, so that `sageattention` and builds from the Hub share them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compiled_attn import masks
+from compiled_attn.operators import Kernels
+from compiled_attn.spec import CAUSAL, report
+
+from ._native_dense import aligned
+from ._sage_library import BLOCK_K, BLOCK_Q, PACKED_WIDTHS, Dense, Packed
+
+Forward = tuple[Tensor, Tensor | None, Tensor | None]
+LOG2_E = 1.0 / math.log(2.0)
+
+
+def kernels(package: Any, name: str, masked: bool = False) -> Kernels:
+    """Dense kernels of backend ``name``; ``package.load()`` is a :class:`Dense`. ``masked``: the entry takes a mask."""
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key_padding: Tensor | None, dropout_p: float = 0.0,
+        causal: int = 0, scale: float | None = None, gqa: bool = False, window: Any = None,
+        deterministic: bool = False, return_lse: bool = False,
+    ) -> Forward:  # fmt: skip
+        library: Dense = package.load()
+        kind = "key_padding" if key_padding is not None else "none" if mask is None else "bool"
+        faults = library.facts.reasons(capability_of(q), return_lse, kind, masked)
+        _require(name, faults + too_large(q.shape, k.shape, mask is not None))
+        if q.numel() == 0 or k.numel() == 0:
+            return nothing(q, return_lse)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        with current_device(q.device):
+            if masked and (mask is not None or key_padding is not None):
+                return _masked(library, q, k, v, mask, key_padding, scale, return_lse)
+            if key_padding is not None:
+                assert library.packed is not None
+                return _flattened(library.packed, q, k, v, key_padding, False, scale), None, None
+            return _dense(library, q, k, v, None, bool(causal & CAUSAL), scale, return_lse)
+
+    return Kernels(forward)
+
+
+def varlen_kernels(package: Any) -> Kernels:
+    """Packed kernels; ``package.load()`` is a :class:`Packed`."""
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+        max_seqlen_k: int, dropout_p: float = 0.0, causal: int = 0, scale: float | None = None, gqa: bool = False,
+        window: Any = None, deterministic: bool = False, return_lse: bool = False,
+    ) -> Forward:  # fmt: skip
+        library: Packed = package.load()
+        _require("sage_varlen", too_large(q.shape, k.shape, False))
+        if q.numel() == 0 or k.numel() == 0:
+            return nothing(q, False)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        with current_device(q.device):
+            out = _packed(
+                library, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bool(causal & CAUSAL), scale
+            )
+            behind = torch.arange(q.shape[0], device=q.device) >= cu_seqlens_q[-1]
+            return out.masked_fill(behind[:, None, None], 0.0), None, None
+
+    return Kernels(forward)
+
+
+def varlen_as_dense(package: Any) -> Kernels:
+    """Dense calls by the packed kernels; ``package.load()`` is a :class:`Packed`."""
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key_padding: Tensor | None, dropout_p: float = 0.0,
+        causal: int = 0, scale: float | None = None, gqa: bool = False, window: Any = None,
+        deterministic: bool = False, return_lse: bool = False,
+    ) -> Forward:  # fmt: skip
+        library: Packed = package.load()
+        _require("sage_varlen", too_large(q.shape, k.shape, False))
+        if q.numel() == 0 or k.numel() == 0:
+            return nothing(q, False)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        with current_device(q.device):
+            return _flattened(library, q, k, v, key_padding, bool(causal & CAUSAL), scale), None, None
+
+    return Kernels(forward)
+
+
+def too_large(query: Sequence[int], key: Sequence[int], masked: bool) -> list[str]:
+    """Why shapes are too large for the kernels, which count elements in 32 bits."""
+    found = []
+    for name, shape in (("query", query), ("key", key)):
+        count = math.prod(shape[:-1]) * (64 if shape[-1] <= 64 else 128)
+        if count >= 2**31:
+            found.append(f"counts in 32 bits, and {name} has {count} elements after padding of head_dim")
+    if masked and query[-3] * key[-3] >= 2**31:
+        found.append(f"counts in 32 bits, and the mask has {query[-3] * key[-3]} elements for a head")
+    return found
+
+
+def _require(name: str, faults: list[str]) -> None:
+    # The rules ask the same; but until the library is loaded they cannot know which release it is.
+    if faults:
+        raise NotImplementedError(report(f"backend '{name}' cannot run this call:", faults))
+
+
+def capability_of(q: Tensor) -> tuple[int, int] | None:
+    """Compute capability of q's device; None for one that has none."""
+    return torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+
+
+def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make ``device`` current, and the one of before again afterwards."""
+    # 2.x calls torch.cuda.set_device and leaves it so; 1.0.6 launches on the current device, whatever q's is.
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def nothing(q: Tensor, return_lse: bool) -> Forward:
+    """Results of a call without a query, or without a key to attend to."""
+    lse = q.new_full((*q.shape[:-3], q.shape[-2], q.shape[-3]), -math.inf, dtype=torch.float32) if return_lse else None
+    return q.new_zeros(q.shape), lse, None
+
+
+def _dense(
+    library: Dense, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
+    return_lse: bool,
+) -> Forward:  # fmt: skip
+    width = q.shape[-1]
+    mean = None
+    # 2.x subtracts the mean of K while it quantises, which costs nothing. Its lse, however, is put right by a product
+    # in the dtype of q; and 1.0.6 changes the caller's K in place.
+    if return_lse or library.changes_k:
+        k, mean = smoothed(k)
+    options: dict[str, Any] = {}
+    if mean is not None and library.takes_smooth_k:
+        options["smooth_k"] = False
+    if library.per_warp_on_12 and (capability_of(q) or (0, 0))[0] == 12:
+        options["qk_quant_gran"] = "per_warp"  # as the library's own choice passes it there
+    if mask is not None:
+        options["attn_mask"] = mask
+    if return_lse:
+        options["return_lse"] = True
+        # 2.2.0 repeats the heads of K's mean along the wrong dimension for its lse (thu-ml/SageAttention#306)
+        k, v = _repeated(q, k), _repeated(q, v)
+    q_, k_, v_ = (_widened(tensor, library.widths) for tensor in (q, k, v))
+
+    def run(value: Tensor) -> Any:
+        return library.entry(q_, k_, value, tensor_layout="NHD", is_causal=is_causal, sm_scale=scale, **options)
+
+    if not return_lse:
+        out = run(v_)
+        if library.counts_padding and not is_causal and k.shape[1] % BLOCK_K:
+            out = _without_padding(out, run(torch.ones_like(v_)))
+        return out[..., :width], None, None
+    out, lse = run(v_)
+    assert mean is not None
+    return out[..., :width], lse + shift(q, mean, scale), None
+
+
+def _without_padding(out: Tensor, share: Tensor) -> Tensor:
+    """``out`` of a kernel that counts the keys it pads a block of 64 with, at a score of 0; ``share`` is its sum of P.
+
+    With v = 1 the same kernel returns L / (L + padding), L the sum that softmax divides by. K without its mean has
+    scores around 0, so L >= Sk and the division is a mild one, by 1/64 or more.
+    """
+    share = share[..., :1].float()
+    return torch.where(share > 0.0, out / share, 0.0).to(out.dtype)
+
+
+def _masked(
+    library: Dense, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key_padding: Tensor | None, scale: float,
+    return_lse: bool,
+) -> Forward:  # fmt: skip
+    """The Triton entry with a mask: bool, or additive in units of log 2."""
+    if key_padding is not None:
+        # NaN of a masked key would survive the -1e6 that the kernel adds, and spoil the mean
+        unreal = ~key_padding[:, :, None, None]
+        k, v = k.masked_fill(unreal, 0.0), v.masked_fill(unreal, 0.0)
+        mask = key_padding[:, None, None, :]
+    assert mask is not None
+    empty = masks.empty_rows(mask)  # the kernel averages all values there
+    if mask.dtype != torch.bool:
+        # scores are in base 2 inside, which the kernel forgets for the mask; -inf would give it inf - inf
+        smallest = torch.finfo(q.dtype).min
+        mask = (mask.float() * LOG2_E).clamp(min=smallest).to(q.dtype)
+    out, lse, _ = _dense(library, q, k, v, mask, False, scale, return_lse)
+    out = out.masked_fill(empty.transpose(1, 2), 0.0)
+    return out, None if lse is None else lse.masked_fill(empty.squeeze(-1), -math.inf), None
+
+
+def _flattened(
+    library: Packed, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    """Dense attention by the packed kernels: (B, Sq, H, D). Of masked keys nothing is left in the packed ones."""
+    batch, length = q.shape[:2]
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    cu_seqlens_q = masks.dense_cu_seqlens(batch, length, q.device)
+    if key_padding is None:
+        cu_seqlens_k = masks.dense_cu_seqlens(batch, k.shape[0] // batch, q.device)
+    else:
+        source, _, cu_seqlens_k = masks.packing(key_padding)
+        k, v = k.index_select(0, source), v.index_select(0, source)
+    longest = k.shape[0] // batch
+    out = _packed(library, q.flatten(0, 1), k, v, cu_seqlens_q, cu_seqlens_k, length, longest, is_causal, scale)
+    return out.unflatten(0, (batch, length))
+
+
+def _packed(
+    library: Packed, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, is_causal: bool, scale: float,
+) -> Tensor:  # fmt: skip
+    """(Tq, H, D); rows behind the last sequence are whatever was in memory.
+
+    The library's own entry waits for the device to learn how many scales there are (CUDA graphs refuse that) and
+    subtracts one mean of K from all sequences. Below it lie these kernels.
+    """
+    width = q.shape[-1]
+    q, k, v = (_widened(tensor, PACKED_WIDTHS) for tensor in (q, smoothed_packed(k, cu_seqlens_k), v))
+    q8, q_scale, q_starts = _quantised(library, q, cu_seqlens_q, max_seqlen_q, scale * LOG2_E, BLOCK_Q)
+    k8, k_scale, k_starts = _quantised(library, k, cu_seqlens_k, max_seqlen_k, 1.0, BLOCK_K)
+    attend = library.causal if is_causal else library.full
+
+    def run(value: Tensor, dtype: torch.dtype) -> Tensor:
+        return attend(
+            q8, k8, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, q_scale, k_scale, q_starts, k_starts,
+            output_dtype=dtype,
+        )  # fmt: skip
+
+    out = run(v.to(torch.float16), q.dtype)
+    if library.counts_padding and not is_causal:
+        # Whether a sequence fills its last block is known on the device alone.
+        out = _without_padding(out, run(torch.ones_like(v, dtype=torch.float16), torch.float32))
+    return out[..., :width]
+
+
+def _quantised(
+    library: Packed, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 rows, one scale for each head and ``block`` rows of a sequence, and where the scales of a sequence start."""
+    total, heads, width = rows.shape
+    sequences = cu_seqlens.shape[0] - 1
+    blocks = (cu_seqlens.diff() + (block - 1)) // block
+    starts = F.pad(blocks.cumsum(0), (1, 0))
+    rounded = torch.empty_like(rows, dtype=torch.int8, memory_format=torch.contiguous_format)
+    # no more than this many, whatever the lengths are: nobody waits for them
+    scales = torch.empty((total // block + sequences, heads), dtype=torch.float32, device=rows.device)
+    library.quantise[((max_seqlen + block - 1) // block, heads, sequences)](
+        rows, rounded, scales, cu_seqlens, starts, rows.stride(1), rows.stride(0), rounded.stride(1),
+        rounded.stride(0), sm_scale=scale, H=heads, C=width, BLK=block,
+    )  # fmt: skip
+    return rounded, scales, starts
+
+
+def smoothed(k: Tensor) -> tuple[Tensor, Tensor]:
+    """K (B, Sk, Hk, D) less its mean over the keys, and that mean (B, 1, Hk, D). Softmax sees no difference."""
+    mean = k.mean(1, keepdim=True, dtype=torch.float32).to(k.dtype)
+    return k - mean, mean
+
+
+def smoothed_packed(k: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+    """Packed K (Tk, Hk, D) less the mean of each sequence.
+
+    One mean of the whole batch, as the library takes it, leaves in the int8 scales what sequences differ by: with keys
+    of unit variance round -2 and 2 the error is 1.3 times as large, round -8 and 8 2.3 times (tests/test_sage.py). By
+    matrix products: atomic additions of 100k rows to a few are slow and differ from run to run.
+    """
+    sequences = cu_seqlens_k.shape[0] - 1
+    rows = k.flatten(1)
+    of = masks.segments(cu_seqlens_k, k.shape[0])
+    member = of[:, None] == torch.arange(sequences, device=k.device)
+    # what lies behind the last sequence may be NaN, and 0 * NaN is NaN
+    real = rows.masked_fill((of == sequences)[:, None], 0.0)
+    lengths = cu_seqlens_k.diff().clamp(min=1)
+    means = (member / lengths).to(k.dtype).T @ real
+    return torch.addmm(rows, member.to(k.dtype), means, alpha=-1).unflatten(1, k.shape[1:])
+
+
+def shift(q: Tensor, mean: Tensor, scale: float) -> Tensor:
+    """What taking ``mean`` (B, 1, Hk, D) from K took from every score of a row: float32 (B, H, Sq)."""
+    mean = _repeated(q, mean)
+    return (q.float() * mean.float()).sum(-1).transpose(1, 2) * scale
+
+
+def _repeated(q: Tensor, k: Tensor) -> Tensor:
+    group = q.shape[2] // k.shape[2]
+    return k if group == 1 else k.repeat_interleave(group, 2)
+
+
+def _widened(tensor: Tensor, widths: tuple[int, ...]) -> Tensor:
+    width = tensor.shape[-1]
+    padding = next(wide for wide in widths if wide >= width) - width
+    # the quantising kernels read 16 bytes at a time, and say nothing when rows lie elsewhere
+    return F.pad(tensor, (0, padding)) if padding else aligned(tensor)

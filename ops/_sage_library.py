@@ -1,0 +1,157 @@
+"""What a release of SageAttention offers, found by signature when it is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from compiled_attn.packages import Unfit, accepts, require
+
+INSTALL = "pip install sageattention gives 1.0.6; for 2.x, pip install git+https://github.com/thu-ml/SageAttention"
+TRITON_ENTRY = "sageattn_qk_int8_pv_fp16_triton"
+# Rows of Q and keys that share one scale; the attention kernels of every release have them as constants.
+BLOCK_Q, BLOCK_K = 128, 64
+PACKED_WIDTHS = (64, 128)
+
+
+@dataclasses.dataclass
+class Facts:
+    """What the rules need to know about a release. Until one is loaded: what the newest can do."""
+
+    lse: bool = True
+    mask: bool = True
+    packs: bool = True
+    on_hopper: str = ""
+
+    def reasons(
+        self, capability: tuple[int, int] | None, return_lse: bool, mask: str, masked_entry: bool = False
+    ) -> list[str]:
+        """Why this release cannot serve such a call; empty when it can."""
+        found = []
+        if return_lse and not self.lse:
+            found.append("returns no lse in this release; sageattention 2.x does")
+        elif return_lse and mask == "key_padding" and not masked_entry:
+            found.append("returns no lse with a key-padding mask: the library's packed kernels have none")
+        if mask != "none" and masked_entry and not self.mask:
+            found.append("takes no mask in this release; sageattention 2.2 does")
+        if mask == "key_padding" and not masked_entry and not self.packs:
+            found.append("takes no key-padding mask: this build has no packed kernels")
+        if self.on_hopper and capability == (9, 0):
+            found.append(self.on_hopper)
+        return found
+
+
+class Dense(NamedTuple):
+    """One dense entry of the library, and how it wants to be called."""
+
+    entry: Callable[..., Any]
+    facts: Facts
+    packed: Packed | None
+    widths: tuple[int, ...]
+    changes_k: bool
+    counts_padding: bool
+    takes_smooth_k: bool
+    per_warp_on_12: bool
+
+
+class Packed(NamedTuple):
+    """The kernels below ``sageattn_varlen``."""
+
+    quantise: Any
+    full: Callable[..., Tensor]
+    causal: Callable[..., Tensor]
+    counts_padding: bool
+
+
+def bind_dense(module: Any, facts: Facts) -> Dense:
+    """``sageattn``, the library's own choice of kernel."""
+    entry = require(module, "sageattn", "q", "k", "v", "tensor_layout", "is_causal", "sm_scale")
+    first = not accepts(entry, "return_lse")  # 1.x
+    packed = None
+    facts.packs = getattr(module, "sageattn_varlen", None) is not None
+    if facts.packs:
+        packed = bind_packed(module)
+    facts.lse = not first
+    facts.on_hopper = _fault_on_hopper(module)
+    return Dense(
+        entry, facts, packed,
+        widths=(64, 96, 128) if first else (64, 128),
+        changes_k=first,
+        counts_padding=_counts_padding(module),
+        takes_smooth_k=accepts(entry, "smooth_k"),
+        per_warp_on_12=False,
+    )  # fmt: skip
+
+
+def bind_pinned(module: Any, facts: Facts, name: str) -> Dense:
+    """The entry called ``name``, which 2.0 brought."""
+    if getattr(module, name, None) is None:
+        raise Unfit(f"has no {name}, which came with 2.0; {INSTALL}")
+    entry = require(
+        module, name, "q", "k", "v", "tensor_layout", "is_causal", "sm_scale", "smooth_k", "return_lse"
+    )  # fmt: skip
+    facts.mask = accepts(entry, "attn_mask")
+    facts.on_hopper = _fault_on_hopper(module) if name.endswith("_sm90") else ""
+    return Dense(
+        entry, facts, None,
+        widths=(64, 128),
+        changes_k=False,
+        counts_padding=name == TRITON_ENTRY and _counts_padding(module),
+        takes_smooth_k=True,
+        per_warp_on_12=name == "sageattn_qk_int8_pv_fp8_cuda",
+    )  # fmt: skip
+
+
+def bind_packed(module: Any) -> Packed:
+    """The kernels that ``sageattn_varlen`` launches."""
+    require(module, "sageattn_varlen", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "smooth_k")
+    arguments = (
+        "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "q_scale", "k_scale", "cu_seqlens_q_scale",
+        "cu_seqlens_k_scale", "output_dtype",
+    )  # fmt: skip
+    full = require(module, "core.attn_false_varlen", *arguments)
+    causal = require(module, "core.attn_true_varlen", *arguments)
+    quantise = None
+    for name in ("per_block_int8_varlen_triton", "per_block_int8_varlen"):  # 2.x, 1.x
+        around = getattr(module.core, name, None)
+        if around is not None:
+            blocks = tuple(inspect.signature(around).parameters[side].default for side in ("BLKQ", "BLKK"))
+            if blocks != (BLOCK_Q, BLOCK_K):
+                raise Unfit(f"quantises blocks of {blocks} rows, not {(BLOCK_Q, BLOCK_K)}")
+            quantise = inspect.unwrap(around).__globals__.get("quant_per_block_int8_kernel")
+            break
+    if quantise is None:
+        raise Unfit("has no quant_per_block_int8_kernel for packed sequences")
+    wanted = [
+        "Input", "Output", "Scale", "cu_seqlens_input", "cu_seqlens_scale", "stride_ih", "stride_in", "stride_oh",
+        "stride_on", "sm_scale", "H", "C", "BLK",
+    ]  # fmt: skip
+    if list(quantise.arg_names) != wanted:
+        raise Unfit(f"quant_per_block_int8_kernel takes {', '.join(quantise.arg_names)}")
+    return Packed(quantise, full, causal, _counts_padding(module))
+
+
+def _counts_padding(module: Any) -> bool:
+    """Whether the Triton kernels give the keys that fill the last block of 64 a score of 0 instead of -inf.
+
+    Releases before 2.2 do, for other than causal calls: with 33 keys the result is off by 0.4. The fix came together
+    with the mask argument (August 2025). Builds from the Hub have no Triton kernels.
+    """
+    if not accepts(module.sageattn, "return_lse"):
+        return True
+    entry = getattr(module, TRITON_ENTRY, None)
+    return entry is not None and not accepts(entry, "attn_mask")
+
+
+def _fault_on_hopper(module: Any) -> str:
+    """2.2.0 as released: its fake has the operator's name, core.py calls that, and nothing ever fills the output."""
+    operator = getattr(
+        getattr(module, "sm90_compile", None), "qk_int8_sv_f8_accum_f32_fuse_v_scale_attn_inst_buf", None
+    )
+    if not inspect.isfunction(operator):  # a CustomOpDef, or a release without these operators
+        return ""
+    return "returns uninitialised memory on compute capability (9, 0): it lacks thu-ml/SageAttention#307; " + INSTALL

@@ -1,0 +1,142 @@
+"""FlashAttention-4, the package flash-attn-4 (flash_attn.cute): `_flash_4`, dense and packed.
+
+Its kernels are compiled by CuTe DSL when they are called first, one for each head_dim, dtype and sort of mask.
+:func:`bind` and :func:`kernels` serve whoever loads the same library from elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_attn.operators import Kernels
+from compiled_attn.packages import Package
+from compiled_attn.registry import Backend, register_backend
+from compiled_attn.spec import Call
+
+from . import _flash_common
+from ._flash_common import Lengths, Loader, Window, padding_and_positions, raw
+
+
+class Flash4:
+    """The raw functions of flash-attn-4; see :class:`compiled_attn.ops._flash_common.Library`.
+
+    Betas differ in what they take and in how many results they give: keywords only, and the first two or three results.
+    """
+
+    empty_lse = -math.inf
+
+    def __init__(self, module: Any) -> None:
+        # the package holds the interface as a submodule
+        module = getattr(module, "interface", module)
+        shared = (
+            "q", "k", "v", "softmax_scale", "causal", "window_size_left", "window_size_right", "cu_seqlens_q",
+            "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
+        )  # fmt: skip
+        self._forward = raw(module, "_flash_attn_fwd", *shared, "return_lse")
+        self._backward = raw(
+            module, "_flash_attn_bwd", *shared, "out", "dout", "lse", "deterministic", "dq", "dk", "dv"
+        )
+
+    def packs(self, q_length: int, k_length: int, window: Window) -> bool:
+        return False
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None, scale: float, causal: bool, window: Window,
+        dropout_p: float, return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None, None]:  # fmt: skip
+        out, lse, *_ = self._forward(
+            q=q, k=k, v=v, softmax_scale=scale, causal=causal, return_lse=return_lse, **_sides(window),
+            **_packed(lengths),
+        )  # fmt: skip
+        return out, lse, None
+
+    def backward(
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths: Lengths | None,
+        scale: float, causal: bool, window: Window, dropout_p: float, deterministic: bool, state: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        # no kernel writes the rows behind the last sequence
+        allocate = torch.empty_like if lengths is None else torch.zeros_like
+        dq, dk, dv = (allocate(one, memory_format=torch.contiguous_format) for one in (q, k, v))
+        dq, dk, dv, *_ = self._backward(
+            q=q, k=k, v=v, out=out, dout=grad_out, lse=lse, softmax_scale=scale, causal=causal,
+            deterministic=deterministic, dq=dq, dk=dk, dv=dv, **_sides(window), **_packed(lengths),
+        )  # fmt: skip
+        return dq, dk, dv
+
+
+def _sides(window: Window) -> dict[str, int | None]:
+    """Open sides are None here: a single -1 would be taken for one key less."""
+    left, right = (None if side < 0 else side for side in window)
+    return {"window_size_left": left, "window_size_right": right}
+
+
+def _packed(lengths: Lengths | None) -> dict[str, Any]:
+    if lengths is None:
+        return {}
+    cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = lengths
+    return {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max(longest_q, 1),
+        "max_seqlen_k": max(longest_k, 1),
+    }
+
+
+def bind(module: Any) -> Flash4:
+    """The library in ``module``, flash_attn.cute or its interface; Unfit if a function is not as expected."""
+    return Flash4(module)
+
+
+def kernels(package: Loader) -> tuple[Kernels, Kernels, Kernels]:
+    """The dense kernels, the dense ones of a packed name, and the packed ones, of what ``package`` loads by bind."""
+    return _flash_common.kernels(package)
+
+
+def architectures(call: Call) -> str | None:
+    """What the library asserts of the compute capability (beta 36)."""
+    if call.capability is None:
+        return None
+    major = call.capability[0]
+    width = -(-call.query[-1] // 8) * 8
+    if major > 12:
+        return f"has kernels for compute capability 8 to 12, not {call.capability}"
+    if major == 8 and call.gradient:
+        return f"has no backward on compute capability {call.capability}; use flash"
+    if major == 12 and call.gradient and call.deterministic:
+        return f"has no deterministic backward on compute capability {call.capability}"
+    if major in (10, 11) and 128 < width != 256:
+        return f"takes head_dim up to 128, or 256, on compute capability {call.capability}, not {call.query[-1]}"
+    if major in (8, 12) and width > 128:
+        # shared memory of a block; the library checks nothing there
+        return f"takes head_dim up to 128 on compute capability {call.capability}, not {call.query[-1]}"
+    return None
+
+
+LIMITS = _flash_common.limits(also=(padding_and_positions, architectures))
+VARLEN_LIMITS = _flash_common.limits(masks=("none",), also=(architectures,))
+
+PACKAGE = Package(
+    "flash_attn.cute",
+    "flash-attn-4",
+    minimum="4.0.0b20",
+    install="pip install --pre flash-attn-4, with [cu13] on CUDA 13, and after flash-attn, which brings an old copy",
+    bind=bind,
+)
+_dense, _, _varlen = kernels(PACKAGE)
+
+register_backend(
+    Backend(
+        "_flash_4",
+        "FlashAttention-4 (flash-attn-4)",
+        family="FlashAttention",
+        limits=(LIMITS,),
+        dense=_dense,
+        varlen_limits=(VARLEN_LIMITS,),
+        varlen=_varlen,
+        packages=(PACKAGE,),
+    )
+)
