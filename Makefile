@@ -2,8 +2,8 @@
 # make test       set up, then all tests that take seconds
 # make test-full  all tests; the result goes to docs/test-full.txt
 # make lint       ruff and mypy
-# make readme     write the backend table into README.md
-# make gpu        on a machine with a CUDA GPU: its tests, kernels at the shapes of real models, the demo at real width
+# make readme     write the tables of backends and promises into README.md
+# make gpu        on a machine with a CUDA GPU: its tests, every promise, kernels at the shapes of real models, the demo
 # make bench      what our dispatch costs; the numbers go to out/overhead.json
 #
 # Everything runs in .venv, set up once and again when pyproject.toml or constraints.txt change.
@@ -53,6 +53,8 @@ gpu: $(READY)
 	mkdir -p out
 	$(PYTHON) -m pytest -m gpu -n 8 -k "not flex" tests compile_tests
 	$(PYTHON) -m pytest -m gpu -n 8 tests/test_flex.py compile_tests/test_flex_compile.py
+	$(PYTHON) -m compiled_attn list --verify
+	$(PYTHON) -m compiled_attn promises --json out/promises.json
 	$(PYTHON) -m compiled_attn bench kernels --json out/kernels.json
 	$(PYTHON) -m compiled_attn demo --device cuda --output out/demo
 
@@ -63,6 +65,7 @@ lint: $(READY)
 
 readme: $(READY)
 	$(PYTHON) -m compiled_attn list --markdown --write README.md
+	$(PYTHON) -m compiled_attn promises --markdown docs/promises.json docs/gpu/promises.json --write README.md
 
 bench: $(READY)
 	mkdir -p out

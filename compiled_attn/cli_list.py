@@ -19,6 +19,7 @@ from .spec import LOWER_RIGHT, UPPER_LEFT, Limits, names
 
 BEGIN = "<!-- backends:begin -->"
 END = "<!-- backends:end -->"
+_VERIFIED = {"contract": "contract-tested, not run on hardware"}
 _SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 _NARROW = 13  # characters in a column, where a terminal cannot show the full table
 _HEADERS = (
@@ -200,7 +201,7 @@ def _cells(limits: Limits) -> tuple[str, ...]:
         _causal(limits),
         ", ".join(also) or "-",
         _gradient(limits),
-        limits.verified,
+        _VERIFIED.get(limits.verified, limits.verified),
     )
 
 

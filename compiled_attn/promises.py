@@ -332,18 +332,19 @@ def _told(error: BaseException) -> dict[str, str]:
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, (Refusal, NotImplementedError)):
-            return {"result": REFUSED, "reason": _first_reason(str(seen))}
+            return {"result": REFUSED, "reason": str(seen)}
         seen = seen.__cause__ or seen.__context__
     for mark in ("cannot run this call:", "cannot run this program:", ", cannot:"):
         if mark in str(error):
-            return {"result": REFUSED, "reason": _first_reason(str(error)[str(error).index(mark) :])}
+            return {"result": REFUSED, "reason": str(error)[str(error).index(mark) :][:500]}
     return {"result": FAILED, "reason": f"{type(error).__name__}: {error}"[:500]}
 
 
 def _first_reason(text: str) -> str:
-    """The first reason of a report, or all of a plain message."""
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    return lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
+    """The first reason of a report, or all of a plain message; Dynamo quotes both, with their line ends as text."""
+    lines = [line.strip() for line in text.replace("\\n", "\n").split("\n") if line.strip()]
+    reason = lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]
+    return "its operator runs Python" if reason.startswith(f"{NAMESPACE}::") else reason
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
@@ -364,9 +365,10 @@ def markdown(results: list[dict[str, Any]]) -> str:
 def _cell(cell: dict[str, str], notes: list[str]) -> str:
     if cell["result"] == WORKS:
         return WORKS
-    if cell["reason"] not in notes:
-        notes.append(cell["reason"])
-    return f"{cell['result']} ({notes.index(cell['reason']) + 1})"
+    reason = _first_reason(cell["reason"])
+    if reason not in notes:
+        notes.append(reason)
+    return f"{cell['result']} ({notes.index(reason) + 1})"
 
 
 def _where(result: dict[str, Any]) -> str:

@@ -172,7 +172,7 @@ def attention_dq(
     dq_a, dq_b = walk_keys(
         dq_a, dq_b, q_a, q_b, do_a, do_b, lse, delta, K, V, Order, Mask, whole_end, end, end, rows, mask_rows,
         k_row * UNIT, v_row * UNIT, mask_k, left, right, scale_2,
-        D, A, B, MASK, LEFT, RIGHT, GATHER, True, BLOCK_Q, BLOCK_K, 1,
+        D, A, B, MASK, LEFT, RIGHT, GATHER, True, BLOCK_Q, BLOCK_K, STAGES if B > 0 else 1,
     )  # fmt: skip
     store_rows(DQ + out_from, out_offsets, inside, dq_a * factor, 0, A, D)
     if B > 0:

@@ -163,7 +163,7 @@ def attention_forward(
     acc_a, acc_b, total, top = walk(
         acc_a, acc_b, total, top, q_a, q_b, K, V, Order, Mask, whole_end, end, end, rows, mask_rows,
         k_row * UNIT, v_row * UNIT, mask_k, left, right, scale,
-        D, A, B, MASK, LEFT, RIGHT, GATHER, True, BLOCK_Q, BLOCK_K, 1,
+        D, A, B, MASK, LEFT, RIGHT, GATHER, True, BLOCK_Q, BLOCK_K, STAGES if B > 0 else 1,
     )  # fmt: skip
     # addresses of results are made here: in registers beside the loops they would spill
     if VARLEN:

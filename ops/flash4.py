@@ -116,8 +116,8 @@ def architectures(call: Call) -> str | None:
     return None
 
 
-LIMITS = _flash_common.limits(also=(padding_and_positions, architectures))
-VARLEN_LIMITS = _flash_common.limits(masks=("none",), also=(architectures,))
+LIMITS = _flash_common.limits(also=(padding_and_positions, architectures), verified="contract")
+VARLEN_LIMITS = _flash_common.limits(masks=("none",), also=(architectures,), verified="contract")
 
 PACKAGE = Package(
     "flash_attn.cute",

@@ -298,14 +298,14 @@ register_backend(
             Limits(
                 ("cuda",), _DTYPES, min_capability=(8, 0), value_head_dim=True,
                 masks=("none", "key_padding", "bool", "float"), mask_gradient=True, window=True, dropout=True,
-                deterministic="never", verified="contract", also=(_rules,),
+                deterministic="never", also=(_rules,),
             ),
         ),
         dense=Kernels(dense_forward, dense_backward, random=True, fake_state=fake_dropout_state),
         varlen_limits=(
             Limits(
                 ("cuda",), _DTYPES, min_capability=(8, 0), value_head_dim=True, window=True, dropout=True,
-                deterministic="never", verified="contract", also=(_rules,),
+                deterministic="never", also=(_rules,),
             ),
         ),
         varlen=Kernels(varlen_forward, varlen_backward, random=True, fake_state=fake_dropout_state),
