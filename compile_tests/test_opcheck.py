@@ -100,6 +100,10 @@ def test_varlen_operators(name, gradient, layout, utils):
         torch.library.opcheck(registry.find(name).varlen_op, args, test_utils=utils)
 
 
+def backward_of(operator: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    return getattr(torch.ops.compiled_attn, f"{operator._opname}_backward").v1
+
+
 OPAQUE = [name for name in names(False) if not compiled_attn.backend_info(name).dense.composite]
 OPAQUE_VARLEN = [name for name in names(True) if not compiled_attn.backend_info(name).varlen.composite]
 
@@ -107,7 +111,7 @@ OPAQUE_VARLEN = [name for name in names(True) if not compiled_attn.backend_info(
 @layouts
 @pytest.mark.parametrize("name", OPAQUE)
 def test_backward_operators(name, layout):
-    backward = getattr(torch.ops.compiled_attn, f"{name}_backward").v1
+    backward = backward_of(registry.find(name).op)
     for case in options(name):
         inputs = tensors(layout, False)
         out, lse, state = registry.find(name).op(*inputs, *case)
@@ -119,7 +123,7 @@ def test_backward_operators(name, layout):
 @layouts
 @pytest.mark.parametrize("name", OPAQUE_VARLEN)
 def test_varlen_backward_operators(name, layout):
-    backward = getattr(torch.ops.compiled_attn, f"{name}_varlen_backward").v1
+    backward = backward_of(registry.find(name).varlen_op)
     inputs = (*packed(layout, False), 9, 9)
     case = (0.0, 1, None, False, None, False)
     out, lse, state = registry.find(name).varlen_op(*inputs, *case, True)

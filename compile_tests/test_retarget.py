@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import stand_in  # noqa: F401  registers a third party's opaque backend
+import stand_in
 import torch
+import torch.fx.experimental.symbolic_shapes
 from torch import Tensor, nn
 
 import compiled_attn
@@ -28,6 +29,11 @@ class Model(nn.Module):
 class Masked(nn.Module):
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
         return compiled_attn.attention(x, x, x, key_padding_mask=keep, window_size=(3, 3))
+
+
+class Padded(nn.Module):
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        return compiled_attn.attention(x, x, x, key_padding_mask=keep)
 
 
 INPUTS = (torch.randn(2, 8, 4, 16), torch.tensor([0, 5, 5, 16], dtype=torch.int32))
@@ -79,6 +85,43 @@ def test_what_the_backend_cannot_serve_is_refused_by_node():
     with pytest.raises(NotImplementedError, match="_native_math: has no sliding window") as refused:
         compiled_attn.export.retarget(program, "stand_in")
     assert "backend 'stand_in' cannot run this program" in str(refused.value)
+
+
+def of_eights(q, k, v, *rest):
+    out, lse, state = stand_in.forward(q, k, v, *rest)
+    return out if q.shape[1] % 8 else out.clone(), lse, state  # two graphs, for lengths of two sorts
+
+
+compiled_attn.register_backend(
+    compiled_attn.Backend(
+        "tmp_of_eights", "for one sort of length", (stand_in.LIMITS,), compiled_attn.Kernels(of_eights, composite=True)
+    )
+)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.fx.experimental.symbolic_shapes.ShapeEnv, "error_on_new_guards"),
+    reason="this torch cannot be asked whether tracing adds a condition",
+)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_kernel_for_some_lengths_only_is_refused_as_export_refuses_it(loaded, tmp_path):
+    sizes = {0: torch.export.Dim("batch", max=9), 1: torch.export.Dim("length", min=2, max=64)}
+    shapes = {"x": sizes, "keep": sizes}
+    inputs = (INPUTS[0], torch.ones(2, 8, dtype=torch.bool))
+    with compiled_attn.attention_backend("tmp_of_eights"), pytest.raises(Exception, match="Constraints violated"):
+        torch.export.export(Padded(), inputs, dynamic_shapes=shapes)
+    with compiled_attn.attention_backend("stand_in"):
+        program = torch.export.export(Padded(), inputs, dynamic_shapes=shapes)
+    if loaded:
+        torch.export.save(program, tmp_path / "program.pt2")
+        program = torch.export.load(tmp_path / "program.pt2")
+    for _ in range(2):  # the first try leaves no condition behind
+        with pytest.raises(NotImplementedError, match="serves only some of its dynamic sizes") as refused:
+            compiled_attn.export.retarget(program, "tmp_of_eights")
+        assert "export with 'tmp_of_eights'" in str(refused.value)
+    other = compiled_attn.export.retarget(program, "native")
+    longer = (torch.randn(3, 33, 4, 16), torch.rand(3, 33) > 0.3)
+    torch.testing.assert_close(other.module()(*longer), program.module()(*longer))
 
 
 def test_unknown_names_and_programs_without_calls_are_refused(program):

@@ -228,3 +228,41 @@ def test_reduce_overhead_runs_the_backend_of_each_call():
             for name in (*PROBES[1:4], "_native_cudnn", "_native_flash"):
                 with attention_backend(name):
                     torch.testing.assert_close(call(x).clone(), call_switch(x) * 2)
+
+
+class Packed(torch.nn.Module):
+    def forward(self, x, starts, others):
+        return compiled_attn.varlen_attention(x, x, x, starts, starts if others is None else others, is_causal=True)
+
+
+def equal_lengths_only() -> str:
+    name = "tmp_equal_lengths"
+    if name not in compiled_attn.list_backends():
+        limits = (compiled_attn.Limits(("cpu",), (torch.float32,), alignments=()),)
+        kernels = compiled_attn.backend_info(TWO).varlen
+        compiled_attn.register_backend(
+            compiled_attn.Backend(name, "for equal lengths", varlen_limits=limits, varlen=kernels)
+        )
+    return name
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "retargeted"])
+def test_equal_lengths_are_known_by_their_tensor_behind_the_operator_too(how):
+    name, x, starts = equal_lengths_only(), X[0], torch.tensor([0, 3, 4], dtype=torch.int32)
+
+    def run(*lengths):
+        if how == "retargeted":
+            with attention_backend("_native_math"):
+                program = torch.export.export(Packed(), (x, *lengths))
+            return compiled_attn.export.retarget(program, name).module()(x, *lengths)
+        model = Packed()
+        compiled_attn.set_attention_backend(model, "switch")
+        with attention_backend(name):
+            return (torch.compile(model, backend="aot_eager", fullgraph=True) if how == "compiled" else model)(
+                x, *lengths
+            )
+
+    for _ in range(2):  # what was served says nothing of what was not
+        torch.testing.assert_close(run(starts, None), torch.full_like(x, 2.0))
+        with pytest.raises(NotImplementedError, match="pass one and the same tensor as cu_seqlens_q and cu_seqlens_k"):
+            run(starts, starts.clone())

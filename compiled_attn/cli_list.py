@@ -97,6 +97,11 @@ def absences(name: str) -> list[str]:
     return registry.unavailable(name) + missing_devices(registry.backend_info(name))
 
 
+def fetched(name: str) -> bool:
+    """Whether what backend ``name`` needs is on this machine, without a download."""
+    return all(one.at_hand() for one in registry.backend_info(name).packages if hasattr(one, "at_hand"))
+
+
 def records() -> list[dict[str, Any]]:
     """Everything ``list --json`` prints: one record for each backend."""
     return [_record(name) for name in registry.list_backends()]

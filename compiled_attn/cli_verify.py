@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from . import cli_table, reference, registry
-from .cli_list import absences, device_here
+from .cli_list import absences, device_here, fetched
 from .dispatch import attention, attention_with_lse, varlen_attention, varlen_attention_with_lse
 from .questions import why_not
-from .registry import Backend
 from .spec import Limits, names
 
 # Neither multiples of a block nor of each other; in the packed call, an empty sequence.
@@ -67,22 +66,18 @@ def outcomes_of(wanted: list[str]) -> Iterator[Outcome]:
             if wanted:
                 yield Outcome(name, False, wrong="; ".join(missing), note="cannot run here")
             continue
-        if not wanted and not all(at_hand() for at_hand in _at_hand(backend)):
+        if not wanted and not fetched(name):
             yield Outcome(name, False, note=f"not fetched yet; list --verify {name} fetches and runs it")
             continue
-        for varlen, kernels in ((False, backend.dense), (True, backend.varlen)):
-            if kernels is not None:
+        for varlen, limits in ((False, backend.limits), (True, backend.varlen_limits)):
+            if _entries(limits):
                 yield run(name, varlen)
-
-
-def _at_hand(backend: Backend) -> list[Any]:
-    return [package.at_hand for package in backend.packages if hasattr(package, "at_hand")]
 
 
 def run(name: str, varlen: bool) -> Outcome:
     """Run backend ``name`` once, with the first dtype of its limits for the best device here."""
     backend = registry.backend_info(name)
-    limits, device = _entry(backend.varlen_limits if varlen else backend.limits)
+    limits, device = _entries(backend.varlen_limits if varlen else backend.limits)[0]
     dtype = limits.dtypes[0]
     outcome = Outcome(name, varlen, device, names((dtype,)))
     try:
@@ -92,15 +87,11 @@ def run(name: str, varlen: bool) -> Outcome:
         return replace(outcome, wrong=f"{type(error).__name__}: {error}")
 
 
-def _entry(limits: tuple[Limits, ...]) -> tuple[Limits, str]:
-    found = [
-        (_ACCELERATORS.index(device), number)
-        for number, one in enumerate(limits)
-        for device in one.devices
-        if device in _ACCELERATORS and device_here(device)
+def _entries(limits: tuple[Limits, ...]) -> list[tuple[Limits, str]]:
+    """Those that a device of this machine is in, and the device; the best device first."""
+    return [
+        (one, device) for device in _ACCELERATORS for one in limits if device in one.devices and device_here(device)
     ]
-    best, number = min(found)
-    return limits[number], _ACCELERATORS[best]
 
 
 def _tensors(limits: Limits, device: str, dtype: torch.dtype, varlen: bool) -> tuple[list[Tensor], dict[str, Any]]:

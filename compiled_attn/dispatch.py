@@ -360,6 +360,10 @@ def _varlen(
         if seen not in served:
             _check_new(seen, entry, query, key, value, options, True)
     masks.require_lengths(query, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if not (cu_seqlens_q.is_contiguous() and cu_seqlens_k.is_contiguous()):
+        # kernels take a pointer, and would read the column of a table row by row
+        cu_seqlens_q = cu_seqlens_q.contiguous()
+        cu_seqlens_k = cu_seqlens_q if same_lengths else cu_seqlens_k.contiguous()
 
     causal = (
         0 if not is_causal and window is None else _position_bits(is_causal, LOWER_RIGHT if same_lengths else alignment)

@@ -6,8 +6,9 @@ when somebody does: a counter copies the registry when it is made, and later wou
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
-import importlib.util
+import importlib.machinery
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -16,38 +17,43 @@ from typing import Any
 import torch
 
 _COUNTER = "torch.utils.flop_counter"
-_waiting: list[tuple[str, Callable[..., int]]] = []
+_formulas: dict[str, Callable[..., int]] = {}
 
 
 def register(name: str, varlen: bool, backward: bool) -> None:
     """Tell PyTorch's counter what ``compiled_attn::<name>`` computes."""
-    _waiting.append((name, _formula(varlen, backward)))
+    _formulas[name] = _formula(varlen, backward)
     if _COUNTER in sys.modules:
-        _hand_over(sys.modules[_COUNTER])
+        _hand_over(importlib.import_module(_COUNTER), name)  # waits where another thread is importing it
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
 
-def _hand_over(counter: ModuleType) -> None:
-    while _waiting:
-        name, formula = _waiting.pop()
-        counter.register_flop_formula(getattr(torch.ops.compiled_attn, name), get_raw=True)(formula)
+def _hand_over(counter: ModuleType, name: str) -> None:
+    operator = getattr(torch.ops.compiled_attn, name)
+    if operator not in counter.flop_registry:
+        counter.register_flop_formula(operator, get_raw=True)(_formulas[name])
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds the counter as Python would, once, and hands the formulas over when its code has run."""
+    """Finds the counter as Python would, and hands the formulas over whenever its code has run.
+
+    It stays: a reload empties the counter's registry, and who takes itself off the list while another thread imports
+    makes that thread pass over a finder.
+    """
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != _COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.loader is not None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return None
         execute = spec.loader.exec_module
 
         def execute_and_hand_over(module: ModuleType) -> None:
             execute(module)
-            _hand_over(module)
+            for one in tuple(_formulas):
+                _hand_over(module, one)
 
         spec.loader.exec_module = execute_and_hand_over  # type: ignore[method-assign]
         return spec

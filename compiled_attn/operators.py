@@ -157,6 +157,7 @@ def call_of(args: Sequence[Any], varlen: bool, gradient: bool = False) -> Call:
         lse=return_lse,
         gradient=gradient,
         varlen=varlen,
+        same_lengths=varlen and args[3] is args[4],
     )
 
 
@@ -301,6 +302,9 @@ def _define_backward(base: str, kernels: Kernels, varlen: bool) -> None:
             if not mask_gradient:
                 gradients[4] = None
             return tuple(gradients)
+
+    shown = Formula._backward_cls  # by grad_fn, the profiler and the errors of autograd
+    shown.__name__ = shown.__qualname__ = name
 
     # torch.library.register_autograd does the same in 60 us a call that wants a gradient, where this takes 25
     def autograd(keyset: Any, *args: Any) -> Result:

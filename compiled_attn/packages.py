@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -48,20 +49,20 @@ class Package:
         """Every reason why the package cannot be used in this process; imports it if nothing speaks against it."""
         if "loaded" in self.__dict__:
             return []
-        if (
-            "broken" in self.__dict__
-        ):  # a failed import leaves half of a package behind: the first reason is the true one
+        # a failed import leaves half of a package behind: the first reason is the true one
+        if "broken" in self.__dict__:
             return list(self.__dict__["broken"])
         return self.absent() or self._import()
 
     def absent(self) -> list[str]:
         """The reasons that can be had without importing the package."""
-        if importlib.util.find_spec(self.module.split(".")[0]) is None:
+        root = self.module.split(".")[0]
+        # find_spec raises for a module that is loaded and has no spec, such as somebody's stub
+        if sys.modules.get(root) is None and importlib.util.find_spec(root) is None:
             return [f"module {self.module!r} is not installed{self._fix()}"]
         if self.minimum is not None:
             version = self.version()
             if version is None:
-                root = self.module.split(".")[0]
                 return [f"module {root!r} is there, but not from {self.distribution!r}{self._fix()}"]
             if torch.torch_version.TorchVersion(version) < self.minimum:
                 return [f"{self.distribution} {version} is older than {self.minimum}{self._fix()}"]

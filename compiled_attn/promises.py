@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import cli_table, registry
-from .cli_list import absences
+from .cli_list import absences, fetched
 from .cli_machine import machine
 from .compilation import compile
 from .export import load, package
@@ -35,6 +35,8 @@ from .state import SWITCH, attention_backend, set_attention_backend
 BEGIN = "<!-- promises:begin -->"
 END = "<!-- promises:end -->"
 HEADS, WIDTH, LENGTHS = 4, 64, (96, 131)
+# What our own refusals say. The class is not enough: PyTorch raises NotImplementedError where a kernel is missing.
+_REFUSALS = ("cannot run this call:", "cannot run this program:", ", cannot:", "but these operators run Python:")
 WORKS, REFUSED, FAILED = "works", "refused", "failed"
 
 
@@ -155,12 +157,16 @@ def _reduce_overhead(subject: Subject) -> None:
     if subject.device != "cuda":
         raise Refusal("CUDA graphs need a CUDA device")
     torch._dynamo.reset()
+    inductor = torch._dynamo.utils.counters["inductor"]
+    skipped = inductor["cudagraph_skips"]
     call = compile(subject.model(), fullgraph=True, mode="reduce-overhead")
     with torch.no_grad():
         for seed in range(4):  # warm-up, recording, replays on other data
             x = subject.input(seed=seed)
             torch.compiler.cudagraph_mark_step_begin()
             subject.check(call(x).clone(), x)
+    skipped = inductor["cudagraph_skips"] - skipped
+    assert skipped == 0, f"Inductor captured no CUDA graph, {skipped} times"
 
 
 def _switch(subject: Subject) -> None:
@@ -298,14 +304,17 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _in_a_process(name: str, arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
-    if not arguments.backends and (missing := absences(name)):
-        return {cell: {"result": "not run", "reason": "; ".join(missing)} for cell in CELLS}
+    if not arguments.backends:
+        missing = absences(name) or ([] if fetched(name) else ["not fetched yet; name it to fetch and try it"])
+        if missing:
+            return {cell: {"result": "not run", "reason": "; ".join(missing)} for cell in CELLS}
     command = [sys.executable, "-m", "compiled_attn", "promises", "--worker", name, "--device", arguments.device]
     with contextlib.suppress(subprocess.TimeoutExpired):
         done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout, check=False)
         if done.returncode == 0:
             return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-        return {cell: {"result": FAILED, "reason": done.stderr[-500:]} for cell in CELLS}
+        reason = f"exit status {done.returncode}: {done.stderr[-500:]}"
+        return {cell: {"result": FAILED, "reason": reason} for cell in CELLS}
     return {cell: {"result": FAILED, "reason": f"not done after {arguments.timeout} s"} for cell in CELLS}
 
 
@@ -331,12 +340,13 @@ def _told(error: BaseException) -> dict[str, str]:
     """A refusal, wherever it is in what a compiler wrapped round it, or a failure."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, (Refusal, NotImplementedError)):
-            return {"result": REFUSED, "reason": str(seen)}
+        text = str(seen)
+        if isinstance(seen, Refusal):
+            return {"result": REFUSED, "reason": text}
+        for mark in _REFUSALS:
+            if mark in text:
+                return {"result": REFUSED, "reason": text[text.index(mark) :][:500]}
         seen = seen.__cause__ or seen.__context__
-    for mark in ("cannot run this call:", "cannot run this program:", ", cannot:"):
-        if mark in str(error):
-            return {"result": REFUSED, "reason": str(error)[str(error).index(mark) :][:500]}
     return {"result": FAILED, "reason": f"{type(error).__name__}: {error}"[:500]}
 
 

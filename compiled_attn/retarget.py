@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -15,7 +16,9 @@ from .spec import report
 
 
 def retarget(program: torch.export.ExportedProgram, backend: str) -> torch.export.ExportedProgram:
-    """A copy of ``program`` whose attention calls all run ``backend``; ``program`` stays as it is.
+    """A copy of ``program`` whose attention operators all run ``backend``; ``program`` stays as it is.
+
+    FlexAttention's own operator in a graph, ours or the model's, is not one of them and stays.
 
     Args:
         program: from ``torch.export.export`` of a model that calls this library, not yet decomposed.
@@ -26,7 +29,8 @@ def retarget(program: torch.export.ExportedProgram, backend: str) -> torch.expor
 
     Raises:
         ValueError: the backend is unknown, or the program has no attention operator of this library.
-        NotImplementedError: the backend cannot run here, or cannot serve one of the calls; all reasons, by node.
+        NotImplementedError: the backend cannot run here, or cannot serve one of the calls, at all of its dynamic
+            sizes; all reasons, by node.
 
     >>> import torch, compiled_attn
     >>> class Block(torch.nn.Module):
@@ -37,6 +41,10 @@ def retarget(program: torch.export.ExportedProgram, backend: str) -> torch.expor
     >>> [node.target for node in other.graph.nodes if "compiled_attn" in str(node.target)]
     [<OpOverload(op='compiled_attn._native_math', overload='v1')>]
     """
+    from torch.fx.experimental import symbolic_shapes  # sympy: not at import
+
+    kinds = ("GuardOnDataDependentSymNode", "_ShapeEnvGuardError")  # torch 2.9 has not the second
+    conditions = tuple(getattr(symbolic_shapes, kind) for kind in kinds if hasattr(symbolic_shapes, kind))
     registry.usable(backend)
     entry = registry.find(backend)
     module = copy.deepcopy(program.graph_module)
@@ -54,10 +62,13 @@ def retarget(program: torch.export.ExportedProgram, backend: str) -> torch.expor
     for node, varlen in calls:
         operator = entry.varlen_op if varlen else entry.op
         assert operator is not None  # refusal() has looked
-        args = _values(node)
         node.target = operator
-        with args[0].fake_mode:
-            node.meta["val"] = operator(*args)
+        try:
+            node.meta["val"] = _traced(operator, _values(node))
+        except conditions as error:
+            reason = str(error).split("\n")[0]
+            found = [f"{node.name}: serves only some of its dynamic sizes ({reason}); export with {backend!r}"]
+            raise NotImplementedError(report(f"backend {backend!r} cannot run this program:", found)) from error
     module.recompile()
     return torch.export.ExportedProgram(
         root=module,
@@ -90,6 +101,25 @@ def _is_varlen(target: Any) -> bool | None:
 
 def _values(node: torch.fx.Node) -> tuple[Any, ...]:
     return tree_map_only(torch.fx.Node, lambda one: one.meta["val"], node.args)  # type: ignore[no-any-return]
+
+
+def _traced(operator: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
+    """What ``operator`` makes of the fake ``args``, without a new condition on their sizes where torch can tell.
+
+    torch.export refuses a kernel that would hold for the example's lengths alone (``length % 8 == 0``); here nobody
+    would, and the program would be compiled for them without a word. (torch 2.9 cannot be asked.)
+    """
+    from torch.fx.experimental import symbolic_shapes
+
+    environment = args[0].fake_mode.shape_env
+    strict = getattr(environment, "error_on_new_guards", contextlib.nullcontext)
+    with args[0].fake_mode:
+        # torch.export takes every size that varies for over 1; a program that was saved and loaded has forgotten it
+        for size in (size for one in args if isinstance(one, torch.Tensor) for size in one.shape):
+            if isinstance(size, torch.SymInt) and not symbolic_shapes.free_unbacked_symbols(size):
+                bool(size > 1)
+        with strict():
+            return operator(*args)
 
 
 def _refusal(entry: Entry, node: torch.fx.Node, varlen: bool) -> list[str]:

@@ -183,7 +183,12 @@ def reasons(limits: tuple[Limits, ...], call: Call) -> list[str]:
     positional = call.causal or call.window is not None
     if positional and call.alignment not in chosen.alignments:
         served = names(chosen.alignments)
-        if call.varlen and not call.same_lengths:
+        if call.varlen and not call.same_lengths and not chosen.alignments:
+            found.append(
+                "has causal and window masks for equal lengths only; if they are, pass one and the same tensor as "
+                "cu_seqlens_q and cu_seqlens_k"
+            )
+        elif call.varlen and not call.same_lengths:
             found.append(
                 f"aligns causal and window masks {served}, not {call.alignment}; pass causal_alignment={served!r}, or "
                 "one and the same tensor as cu_seqlens_q and cu_seqlens_k, if the lengths are equal"

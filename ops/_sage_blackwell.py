@@ -13,7 +13,8 @@ from compiled_attn.operators import Kernels
 from compiled_attn.packages import require
 from compiled_attn.spec import CAUSAL, Call
 
-from ._sage_kernels import Forward, current_device, nothing
+from ._flash_common import current_device
+from ._sage_kernels import Forward, nothing
 
 WIDTHS = (64, 128)
 # All four operands have one bit of mantissa: 12 % of root mean square each at worst, 25 % together.

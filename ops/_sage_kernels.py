@@ -5,7 +5,6 @@ The factories take anything with ``load()``, so that `sageattention` and builds 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from compiled_attn import masks
 from compiled_attn.operators import Kernels
 from compiled_attn.spec import CAUSAL, report
 
+from ._flash_common import clear_behind, current_device
 from ._native_dense import aligned
 from ._sage_library import BLOCK_K, BLOCK_Q, PACKED_WIDTHS, Dense, Packed
 
@@ -64,12 +64,10 @@ def varlen_kernels(package: Any) -> Kernels:
         if q.numel() == 0 or k.numel() == 0:
             return nothing(q, False)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
+        starts = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()  # Triton gets a pointer, and no stride
         with current_device(q.device):
-            out = _packed(
-                library, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, bool(causal & CAUSAL), scale
-            )
-            behind = torch.arange(q.shape[0], device=q.device) >= cu_seqlens_q[-1]
-            return out.masked_fill(behind[:, None, None], 0.0), None, None
+            out = _packed(library, q, k, v, *starts, max_seqlen_q, max_seqlen_k, bool(causal & CAUSAL), scale)
+            return clear_behind(out, cu_seqlens_q), None, None
 
     return Kernels(forward)
 
@@ -114,12 +112,6 @@ def _require(name: str, faults: list[str]) -> None:
 def capability_of(q: Tensor) -> tuple[int, int] | None:
     """Compute capability of q's device; None for one that has none."""
     return torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-
-
-def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make ``device`` current, and the one of before again afterwards."""
-    # 2.x calls torch.cuda.set_device and leaves it so; 1.0.6 launches on the current device, whatever q's is.
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def nothing(q: Tensor, return_lse: bool) -> Forward:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ class Facts:
     mask: bool = True
     packs: bool = True
     on_hopper: str = ""
+    chooses_for: tuple[tuple[int, int], ...] = ()  # capabilities; () if the entry does not choose by them
 
     def reasons(
         self, capability: tuple[int, int] | None, return_lse: bool, mask: str, masked_entry: bool = False
@@ -42,6 +44,12 @@ class Facts:
             found.append("takes no key-padding mask: this build has no packed kernels")
         if self.on_hopper and capability == (9, 0):
             found.append(self.on_hopper)
+        chooses = self.chooses_for and mask == "none"  # key padding goes to the packed kernels, whatever the GPU
+        if chooses and capability is not None and capability not in self.chooses_for:
+            found.append(
+                f"chooses no kernel for compute capability {capability} in this release, only for {self.chooses_for}; "
+                "use a pinned one, '_sage_...'"
+            )
         return found
 
 
@@ -77,6 +85,7 @@ def bind_dense(module: Any, facts: Facts) -> Dense:
         packed = bind_packed(module)
     facts.lse = not first
     facts.on_hopper = _fault_on_hopper(module)
+    facts.chooses_for = _architectures(entry)
     return Dense(
         entry, facts, packed,
         widths=(64, 96, 128) if first else (64, 128),
@@ -145,6 +154,16 @@ def _counts_padding(module: Any) -> bool:
         return True
     entry = getattr(module, TRITON_ENTRY, None)
     return entry is not None and not accepts(entry, "attn_mask")
+
+
+def _architectures(entry: Any) -> tuple[tuple[int, int], ...]:
+    """What ``sageattn`` of 2.x compares the GPU with ("sm89") before it raises ValueError; no signature says it."""
+    code = getattr(inspect.unwrap(entry), "__code__", None)
+    found = []
+    for constant in getattr(code, "co_consts", ()):
+        members = constant if isinstance(constant, (tuple, frozenset)) else (constant,)  # of == and of in
+        found += [one for one in members if isinstance(one, str) and re.fullmatch(r"sm\d\d+", one)]
+    return tuple(sorted((int(one[2:-1]), int(one[-1])) for one in found))
 
 
 def _fault_on_hopper(module: Any) -> str:

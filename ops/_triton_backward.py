@@ -5,6 +5,7 @@ forward does and leaves what dK/dV needs of each row; dK/dV walks over queries, 
 That is seven products where five with atomic adds would do.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import triton
@@ -193,7 +194,7 @@ def walk_queries(
         q_base = Q + tl.cast(first, tl.int64) * q_row
         g_base = Grad + tl.cast(first, tl.int64) * g_row
         q_a = load_rows(q_base, step * q_row, inside, 0, A, D, CHECK)
-        # lse and delta of a row, as the first two of four numbers. Loaded as vectors they would come in the layout of the
+        # lse and delta of a row: the first two of four numbers. Loaded as vectors they would come in the layout of the
         # products, 16 addresses for each thread, and spill at head_dim 128; a tile with as many numbers as there are
         # threads is loaded once and handed round.
         pairs = Rows + (first + step)[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -283,7 +284,10 @@ def attention_dkv(
     if GATHER:
         places = tl.load(Order + first + within, mask=inside, other=0)
         visible = tl.load(Rank + k_length) - first
-        lowest, highest = tl.load(Order + first), tl.load(Order + first + tl.maximum(tl.minimum(visible, BLOCK_K), 1) - 1)
+        lowest, highest = (
+            tl.load(Order + first),
+            tl.load(Order + first + tl.maximum(tl.minimum(visible, BLOCK_K), 1) - 1),
+        )
         k_offsets, v_offsets = places.to(tl.int64) * (k_row * UNIT), places.to(tl.int64) * (v_row * UNIT)
     else:
         places = first + within

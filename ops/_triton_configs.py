@@ -52,9 +52,9 @@ _SM_100: tuple[_Row, ...] = (
 _SM_90: tuple[_Row, ...] = (
     (64, Config(128, 64, 3, 8), Config(128, 64, 3, 8), Config(64, 64, 3, 4)),
     (80, Config(128, 64, 3, 4), Config(128, 64, 3, 8), Config(64, 128, 3, 8)),
-    (96, Config(128, 64, 3, 8), Config(128, 64, 3, 8), Config(64, 128, 3, 8)),
+    (96, Config(128, 128, 3, 8), Config(128, 64, 3, 8), Config(64, 128, 3, 8)),
     (128, Config(128, 128, 3, 8), Config(128, 64, 3, 8), Config(64, 128, 3, 8)),
-    (256, Config(128, 64, 2, 8), Config(128, 32, 2, 8), Config(64, 64, 1, 8)),
+    (256, Config(128, 64, 2, 8), Config(128, 32, 3, 8), Config(64, 32, 2, 8)),
 )
 _GFX_942: tuple[_Row, ...] = (
     (64, Config(128, 64, 1, 4), Config(64, 64, 1, 4), Config(32, 64, 1, 4)),
@@ -63,7 +63,7 @@ _GFX_942: tuple[_Row, ...] = (
 )
 # with a mask tensor or the left edge of a window, whose tests want registers
 _SM_90_MASKED: tuple[_Row, ...] = (
-    (64, Config(128, 64, 3, 8), Config(128, 64, 3, 8), Config(64, 128, 2, 8)),
+    (64, Config(128, 64, 3, 8), Config(128, 64, 3, 8), Config(64, 64, 2, 4)),
     (128, Config(128, 64, 3, 8), Config(128, 32, 3, 8), Config(32, 128, 2, 8)),
     (256, Config(64, 64, 2, 8), Config(64, 32, 2, 8), Config(32, 64, 2, 8)),
 )

@@ -5,6 +5,7 @@ and walks over the keys three times: blocks cut by the left edge of a window, wh
 last ones. Only plain loads: descriptors need scratch memory, which AOTInductor of torch 2.11 allocates too small.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import triton
@@ -20,7 +21,7 @@ def walk(
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     GATHER: tl.constexpr, CHECK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Keys ``begin`` to ``end`` (in blocks; ``limit`` of them exist, which only CHECK heeds), added to a tile's state."""
+    """Keys ``begin`` to ``end`` (in blocks; ``limit`` exist, which only CHECK heeds), added to a tile's state."""
     step = tl.arange(0, BLOCK_K)
     for place in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         inside = place + step < limit

@@ -19,6 +19,8 @@ from ._native_varlen import math_varlen_backward, math_varlen_forward
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
+# device types that plain PyTorch serves; meta tensors have shapes alone
+_PLAIN = ("cpu", "meta")
 MIN_CAPABILITY = (8, 0)
 
 
@@ -27,7 +29,7 @@ def triton_forward(
     causal: int = 0, scale: float | None = None, gqa: bool = False, window: Any = None, deterministic: bool = False,
     return_lse: bool = False,
 ) -> Forward:  # fmt: skip
-    if q.device.type == "cpu":
+    if q.device.type in _PLAIN:
         return math_forward(q, k, v, mask, key_padding, 0.0, causal, scale, gqa, window, return_lse=return_lse)
     from ._triton_launch import forward
 
@@ -39,7 +41,7 @@ def triton_backward(
     state: Tensor, dropout_p: float, causal: int, scale: float | None, gqa: bool, window: Any, deterministic: bool,
     mask_gradient: bool,
 ) -> Backward:  # fmt: skip
-    if q.device.type == "cpu":
+    if q.device.type in _PLAIN:
         return math_backward(
             grad_out, q, k, v, mask, key_padding, out, lse, state, 0.0, causal, scale, gqa, window, deterministic,
             mask_gradient,
@@ -55,7 +57,7 @@ def triton_varlen_forward(
     window: Any = None, deterministic: bool = False, return_lse: bool = False,
 ) -> Forward:  # fmt: skip
     """Nothing depends on the maxima: the grid is bound by the packed lengths and the number of sequences."""
-    if q.device.type == "cpu":
+    if q.device.type in _PLAIN:
         return math_varlen_forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, scale, gqa, window,
             deterministic, return_lse,
@@ -71,7 +73,7 @@ def triton_varlen_backward(
     max_seqlen_k: int, out: Tensor, lse: Tensor, state: Tensor, dropout_p: float, causal: int, scale: float | None,
     gqa: bool, window: Any, deterministic: bool, mask_gradient: bool,
 ) -> Backward:  # fmt: skip
-    if q.device.type == "cpu":
+    if q.device.type in _PLAIN:
         return math_varlen_backward(
             grad_out, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, out, lse, state, 0.0, causal,
             scale, gqa, window, deterministic, mask_gradient,

@@ -93,7 +93,14 @@ class _Plan:
         order = torch.empty((self.batch, self.k_length), dtype=torch.int32, device=self.q.device)
         rank = torch.empty((self.batch, self.k_length + 4), dtype=torch.int32, device=self.q.device)
         self.launch(
-            key_order, (self.batch,), key_padding, order, rank, *key_padding.stride(), self.k_length, BLOCK=_ORDER_BLOCK,
+            key_order,
+            (self.batch,),
+            key_padding,
+            order,
+            rank,
+            *key_padding.stride(),
+            self.k_length,
+            BLOCK=_ORDER_BLOCK,
             num_warps=8,
         )
         return order, rank
@@ -104,7 +111,9 @@ class _Plan:
             return length // block + self.batch + 1, 1
         return (length + block - 1) // block, self.batch
 
-    def run(self, kind: str, kernel: Any, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...], **more: Any) -> None:
+    def run(
+        self, kind: str, kernel: Any, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...], **more: Any
+    ) -> None:
         masked = self.mask_kind != 0 or self.left >= 0
         config = choose(kind, target_of(self.q.device.index), self.q.shape[-1], self.q.dtype, masked)
         if kind == "dkv":
@@ -115,7 +124,8 @@ class _Plan:
         self.launch(
             kernel, (tiles * batch * heads,), *tensors, *strides, *self.mask_strides(), self.batch, heads,
             self.q_length, self.k_length, tiles, self.left, self.right, self.scale, **self.constants, **more,
-            BLOCK_Q=config.block_q, BLOCK_K=config.block_k, STAGES=config.stages, num_warps=config.warps, num_stages=config.stages,
+            BLOCK_Q=config.block_q, BLOCK_K=config.block_k, STAGES=config.stages,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
     def launch(self, kernel: Any, grid: tuple[Any, ...], *arguments: Any, **constants: Any) -> None:
@@ -142,9 +152,7 @@ def forward(
     out = q.new_empty(q.shape)
     lse = q.new_empty((*q.shape[:-3], plan.heads, plan.q_length), dtype=torch.float32) if return_lse else None
     tensors = (plan.q, plan.k, plan.v, out, out if lse is None else lse, plan.mask, plan.order, plan.rank)
-    plan.run(
-        "forward", attention_forward, (*tensors, *plan.starts), (plan.q, plan.k, plan.v), LSE=return_lse
-    )
+    plan.run("forward", attention_forward, (*tensors, *plan.starts), (plan.q, plan.k, plan.v), LSE=return_lse)
     return out, lse
 
 

@@ -9,6 +9,7 @@ units of UNIT elements (8 where head_dim is a multiple of 8), so that the compil
 bytes: it takes only multiples of 16 elements from an argument, and 3 heads of 72 are none.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import inspect
@@ -17,13 +18,12 @@ from typing import Any
 import triton
 import triton.language as tl
 
-
 # Arguments whose value and divisibility Triton need not look at: lengths vary from call to call without a new kernel,
 # strides are multiples of UNIT in any case.
 PLAIN = (
     "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "g_batch", "g_row",
-    "g_head", "mask_batch", "mask_head", "batch", "heads", "key_heads", "q_length", "k_length", "tiles", "left", "right",
-    "keep_batch", "keep_key", "length",
+    "g_head", "mask_batch", "mask_head", "batch", "heads", "key_heads", "q_length", "k_length", "tiles", "left",
+    "right", "keep_batch", "keep_key", "length",
 )  # fmt: skip
 
 
@@ -37,8 +37,9 @@ def kernel(function: Any) -> Any:
 def sequence_of(tile, Starts, batch, total, BLOCK: tl.constexpr):
     """The packed sequence that ``tile`` belongs to: its number, begin and end, and the tile's first row inside it.
 
-    Sequence b owns the tiles from start // BLOCK + b on: at least as many as it needs, so that total // BLOCK + batch + 1
-    tiles are enough for any lengths and the host need not know them. Number ``batch`` is what lies behind the last.
+    Sequence b owns the tiles from start // BLOCK + b on: at least as many as it needs, so that
+    total // BLOCK + batch + 1 tiles are enough for any lengths and the host need not know them. Number ``batch`` is
+    what lies behind the last.
     """
     low = 0
     high = batch
@@ -64,7 +65,7 @@ def rows_of(number, Starts, batch, total):
 
 @triton.jit
 def load_rows(base, offsets, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, CHECK: tl.constexpr):
-    """Columns FIRST to FIRST + WIDTH of the rows at ``offsets``; 0 past column D and, if CHECK, where not ``inside``."""
+    """Columns FIRST to FIRST + WIDTH of rows at ``offsets``; 0 past column D and, if CHECK, where not ``inside``."""
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = base + (offsets[:, None] + columns[None, :])
     if FIRST + WIDTH > D:
@@ -173,9 +174,9 @@ def in_place(begin, end, Rank, length, BLOCK: tl.constexpr):
 
 @kernel
 def key_order(Keep, Order, Rank, keep_batch, keep_key, length, BLOCK: tl.constexpr):
-    """Order (B, Sk): the real keys of each sequence, then the others. Rank (B, Sk + 4): real keys before each place, and
-    what :func:`in_place` reads: the first place without a real key, where the last run begins in Order, and how far
-    behind that it lies.
+    """Order (B, Sk): the real keys of each sequence, then the others. Rank (B, Sk + 4): real keys before each
+    place, and what :func:`in_place` reads: the first place without a real key, where the last run begins in
+    Order, and how far behind that it lies.
 
     One program for each sequence. Keep is bool, with strides ``keep_batch`` and ``keep_key``.
     """

@@ -49,6 +49,7 @@ def _check(entry: Entry, args: tuple[Any, ...], gradient: bool) -> None:
     facts = (
         None if mask is None else mask.dtype, key_padding is None, dropout_p, causal, gqa,
         None if window is None else tuple(window), deterministic, return_lse, gradient,
+        varlen and args[3] is args[4],
     )  # fmt: skip
     process = torch.are_deterministic_algorithms_enabled()
     seen = ("switch", entry.number, q.shape, k.shape, v.shape, q.dtype, q.device, facts, process)

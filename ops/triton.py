@@ -1,7 +1,7 @@
 """`triton` and `triton_varlen`: our portable kernels, forward and backward, for any CUDA or ROCm GPU.
 
 torch.compile and AOTInductor take them in: the graph that Dynamo and torch.export show has our operator, compiled code
-and packages have the kernels themselves and no Python. The backward uses no atomics: the same inputs give the same bits.
+and packages have the kernels themselves and no Python. The backward uses no atomics: same inputs, same bits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _GPU = Limits(
     ("cuda",), DTYPES, min_capability=MIN_CAPABILITY, max_head_dim=MAX_HEAD_DIM,
     masks=("none", "key_padding", "bool", "float"), window=True, also=(needs_triton,),
 )  # fmt: skip
-_CPU = replace(_GPU, devices=("cpu",), dtypes=(*DTYPES, torch.float64), min_capability=None, also=())
+_CPU = replace(_GPU, devices=("cpu",), dtypes=(torch.float32, *DTYPES[:2], torch.float64), min_capability=None, also=())
 _VARLEN_GPU, _VARLEN_CPU = (replace(limits, masks=("none",)) for limits in (_GPU, _CPU))
 
 register_backend(

@@ -33,6 +33,7 @@ from ._native_dense import (
     resolved_scale,
 )
 from ._xformers_library import PACKAGE
+from .flash2 import wide_dropout
 
 Forward = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -223,6 +224,7 @@ class _Packing(NamedTuple):
 
 def _packing(q: Tensor, k: Tensor, starts_q: Tensor, starts_k: Tensor, most: tuple[int, int], causal: int) -> _Packing:
     library = PACKAGE.load()
+    starts_q, starts_k = starts_q.contiguous(), starts_k.contiguous()  # the operator refuses others
     most = max(most[0], 1), max(most[1], 1)
     # the operators look at the starts and the maximum alone: the lists of lengths, on the host, stay empty
     lengths = [library.lengths(start, longest, 0, []) for start, longest in ((starts_q, most[0]), (starts_k, most[1]))]
@@ -240,7 +242,8 @@ def _packing(q: Tensor, k: Tensor, starts_q: Tensor, starts_k: Tensor, most: tup
 
 
 def _one_tensor(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> bool:
-    return cu_seqlens_q.data_ptr() == cu_seqlens_k.data_ptr()
+    # (columns of one table may begin at one place and go on to others)
+    return cu_seqlens_q.data_ptr() == cu_seqlens_k.data_ptr() and cu_seqlens_q.stride() == cu_seqlens_k.stride()
 
 
 def varlen_forward(
@@ -298,14 +301,14 @@ register_backend(
             Limits(
                 ("cuda",), _DTYPES, min_capability=(8, 0), value_head_dim=True,
                 masks=("none", "key_padding", "bool", "float"), mask_gradient=True, window=True, dropout=True,
-                deterministic="never", also=(_rules,),
+                deterministic="never", also=(_rules, wide_dropout),
             ),
         ),
         dense=Kernels(dense_forward, dense_backward, random=True, fake_state=fake_dropout_state),
         varlen_limits=(
             Limits(
                 ("cuda",), _DTYPES, min_capability=(8, 0), value_head_dim=True, window=True, dropout=True,
-                deterministic="never", also=(_rules,),
+                deterministic="never", also=(_rules, wide_dropout),
             ),
         ),
         varlen=Kernels(varlen_forward, varlen_backward, random=True, fake_state=fake_dropout_state),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import sys
+import types
 
 import probes  # noqa: F401  registers cheap backends
 import pytest
@@ -408,6 +410,9 @@ def test_packages_are_told_apart(tmp_path, monkeypatch):
         "module 'no_thing' is not installed; make one"
     ]
     assert "is there, but not from 'no-thing'" in Package("odd_thing", "no-thing", "1.0").missing()[0]
+    monkeypatch.setitem(sys.modules, "stub_thing", types.ModuleType("stub_thing"))  # loaded, and without a spec
+    stub = Package("stub_thing", "stub-thing", bind=lambda module: require(module, "attend"))
+    assert stub.missing() == ["stub-thing: has no attend"]
     version = importlib.metadata.version("torch")
     assert f"torch {version} is older than 999" in Package("torch", "torch", "999").missing()[0]
     broken = Package("broken_thing", "broken-thing")

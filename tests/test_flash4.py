@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 
@@ -71,6 +72,30 @@ def test_deterministic_reaches_the_backward(library, deterministic):
     out.sum().backward()
     assert library.asked["deterministic"] is deterministic
     assert library.asked["softmax_scale"] == 0.25
+    assert library.calls == ["_flash_attn_fwd", "_flash_attn_bwd"]
+
+
+@pytest.mark.parametrize("lengths", [None, "uneven"], ids=["dense", "packed"])
+def test_the_device_of_the_tensors_is_current_inside(library, monkeypatch, lengths):
+    """The library asks the current device for its architecture, and has no guard of its own."""
+    entered = []
+
+    @contextlib.contextmanager
+    def current(device):
+        assert not library.calls[len(entered) :], "called outside"
+        entered.append(device)
+        yield
+        assert len(library.calls) == len(entered)
+
+    monkeypatch.setattr(flash4, "current_device", current)
+    if lengths is None:
+        inputs = flash_checks.tensors("plain")
+        out, *_ = registry.find("_flash_4").op(*inputs, None, None, 0.0, 0, None, False, None, False, True)
+    else:
+        inputs = flash_checks.packed(lengths)
+        out, *_ = registry.find("_flash_4").varlen_op(*inputs, 17, 24, 0.0, 0, None, False, None, False, True)
+    out.sum().backward()
+    assert entered == [torch.device("cpu")] * 2
     assert library.calls == ["_flash_attn_fwd", "_flash_attn_bwd"]
 
 

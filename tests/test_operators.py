@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import stand_in  # noqa: F401  registers the backend
 import torch
@@ -99,6 +102,13 @@ def test_a_raw_operator_without_lse_raises_in_backward(name):
         out.sum().backward()
 
 
+def test_autograd_calls_a_node_by_its_operator():
+    x = torch.randn(1, 4, 2, 8).requires_grad_()
+    out = compiled_attn.attention(x, x, x, backend="stand_in")
+    assert out.grad_fn.name() == "stand_in_backward"
+    assert "stand_in_backward object" in repr(out.grad_fn)
+
+
 @pytest.mark.parametrize("shapes", [(2, 17, 33, 4, 4, 16, 16), (1, 8, 8, 6, 2, 32, 24)], ids=str)
 def test_flops_of_an_opaque_operator(shapes):
     batch, q_length, k_length, heads, key_heads, width, value_width = shapes
@@ -131,6 +141,26 @@ def test_flops_of_packed_sequences_follow_their_lengths():
     with FlopCounterMode(display=False) as counter:
         compiled_attn.varlen_attention(x, x, x, lengths, lengths, backend="_native_flash")
     assert counter.get_total_flops() >= 2 * 2 * (9 + 49) * 2 * 16
+
+
+_COUNTED_LATE = """
+import importlib, importlib.util
+import torch, compiled_attn
+assert importlib.util.find_spec("torch.utils.flop_counter") is not None  # a look is no import
+
+def ours(counter):
+    return {str(operator) for operator in counter.flop_registry if str(operator).startswith("compiled_attn.")}
+
+import torch.utils.flop_counter as counter
+first = ours(counter)
+assert {"compiled_attn.switch", "compiled_attn.switch_backward", "compiled_attn.switch_varlen"} <= first, first
+assert ours(importlib.reload(counter)) == first
+"""
+
+
+def test_flop_formulas_are_handed_over_at_every_import_of_the_counter():
+    done = subprocess.run([sys.executable, "-c", _COUNTED_LATE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

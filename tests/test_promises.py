@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
 from pathlib import Path
 
 import probes  # noqa: F401  registers cheap backends, each of which multiplies its result by a factor of its own
@@ -13,6 +15,8 @@ from probes import PROBES
 import compiled_attn
 from compiled_attn import __main__, promises
 from compiled_attn.promises import CELLS, FAILED, REFUSED, WORKS
+
+RESULT = {"device": "cpu", "command": "promises", "versions": {"torch": "0"}}
 
 
 def test_a_right_backend_works_and_a_wrong_one_fails(monkeypatch):
@@ -49,6 +53,34 @@ def test_a_refusal_is_found_inside_what_compilers_wrap_round_it():
         refused(x)
     assert promises._told(caught.value)["result"] == REFUSED
     assert promises._told(RuntimeError("boom"))["result"] == FAILED
+
+
+def test_a_kernel_that_pytorch_lacks_is_a_failure_and_no_refusal():
+    x = torch.randn(1, 2, 4, 8)
+    with pytest.raises(NotImplementedError, match="Could not run") as caught:
+        torch.ops.aten._scaled_dot_product_flash_attention(x, x, x)  # CUDA's
+    assert promises._told(caught.value)["result"] == FAILED
+
+
+def test_graphs_that_were_not_captured_are_a_failure(monkeypatch):
+    subject = promises.Subject("_native_math", "cpu")
+    x = subject.input()
+    monkeypatch.setattr(subject, "input", lambda **_: x)
+    subject.device = "cuda"  # as far as the cell can see; Inductor sees tensors of the CPU
+    with pytest.raises(AssertionError, match="captured no CUDA graph, 1 times"):
+        CELLS["reduce-overhead"](subject)
+
+
+def test_a_worker_that_died_or_would_download(monkeypatch):
+    given = argparse.Namespace(backends=["native"], device="cpu", timeout=60)
+    monkeypatch.setattr(promises.sys, "executable", shutil.which("false"))
+    cells = promises._in_a_process("native", given)
+    assert cells["forward"] == {"result": FAILED, "reason": "exit status 1: "}
+    assert "| failed (1) |" in promises.markdown([{**RESULT, "rows": {"native": cells}}])
+    monkeypatch.setattr(promises, "fetched", lambda name: False)
+    cells = promises._in_a_process("native", argparse.Namespace(**{**vars(given), "backends": None}))
+    assert cells["forward"]["result"] == "not run"
+    assert cells["forward"]["reason"].startswith("not fetched yet")
 
 
 def test_every_kept_result_is_a_row_of_the_readme():

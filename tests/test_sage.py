@@ -9,6 +9,7 @@ key too many of 33 gives 2.1 %, the 31 that 1.0.6 counts too many there give 40 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 import sys
 
@@ -235,6 +236,22 @@ def test_packed(library, release, starts, bound):
     assert_as_good("out", out, right, yardstick)
 
 
+@pytest.mark.parametrize("release", ["1.0.6", "2.2.0"])
+def test_lengths_that_are_columns_of_a_table(library, release):
+    """The library's entry refuses them, the kernels below it would read the table row by row."""
+    library(release)
+    q, k, v = (torch.randn(33, 2, 64).bfloat16() for _ in range(3))
+    table = torch.tensor([[0, 0], [9, 3], [33, 33]], dtype=torch.int32)
+    starts = table[:, 0], table[:, 1]
+    assert not starts[0].is_contiguous()
+    forward = registry.find("sage_varlen").backend.varlen.forward
+    out, *_ = forward(q, k, v, *starts, 33, 33, 0.0, 0, None, False, None, False, False)
+    expected, *_ = forward(
+        q, k, v, *(one.contiguous() for one in starts), 33, 33, 0.0, 0, None, False, None, False, False
+    )
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
 def packed_error(library, mean, ours):
     """Largest error with int8 rounding of two sequences whose keys lie round +mean and -mean."""
     made = library("2.2.0", quantised=True)
@@ -377,7 +394,7 @@ REFUSALS = [
     ("sage", {"window": (3, 3)}, "has no sliding window"),
     ("sage", {"dropout_p": 0.1}, "has no dropout"),
     ("sage", {"mask": "bool"}, "so not a bool mask"),
-    ("sage", {"causal": True, "query": (2, 5, 4, 64)}, "when Sq != Sk (5 != 64)"),
+    ("sage", {"causal": True, "query": (2, 5, 4, 64)}, "for Sq == Sk only, not 5 and 64"),
     ("sage", {"causal": True, "mask": "key_padding"}, "takes key padding or is_causal, not both"),
     ("sage", {"mask": "key_padding", "lse": True}, "returns no lse with a key-padding mask"),
     ("sage", {"mask": "key_padding", "capability": (12, 0)}, "does not run on compute capability (12, 0)"),
@@ -430,6 +447,35 @@ def test_the_release_that_returns_uninitialised_memory_on_hopper(library):
         assert refused("sage", capability=(8, 9)) == ""
     registry.unavailable("_sage_qk_int8_pv_fp16_cuda")
     assert refused("_sage_qk_int8_pv_fp16_cuda") == ""
+
+
+def test_gpus_that_the_release_chooses_no_kernel_for(library):
+    """2.x compares the capability with those it knows and raises ValueError for 10.0; 1.0.6 compares nothing."""
+    made = library()
+    entry = made.module.sageattn
+
+    def chooses(*args, arch="sm100", **kwargs):
+        if arch == "sm90" or arch in ("sm80", "sm121"):
+            return entry(*args, **kwargs)
+        raise ValueError(f"Unsupported CUDA architecture: {arch}")
+
+    chooses.__signature__ = inspect.signature(entry)
+    made.module.sageattn = chooses
+    assert refused("sage", capability=(10, 0)) == ""  # until it is loaded nobody knows
+    assert registry.unavailable("sage") == []
+    (reason,) = refused("sage", capability=(10, 0)).splitlines()
+    assert "no kernel for compute capability (10, 0) in this release, only for ((8, 0), (9, 0), (12, 1));" in reason
+    for capability in ((9, 0), (12, 1)):
+        assert refused("sage", capability=capability) == ""
+    # the rule is traced, too
+    facts = sage._FACTS
+    traced = torch.compile(lambda x, of: x + len(facts.reasons(of, False, "none")), backend="eager", fullgraph=True)
+    assert [int(traced(torch.zeros(()), of)) for of in ((9, 0), (10, 0))] == [0, 1]
+    assert refused("sage", capability=(10, 0), mask="key_padding") == ""  # the packed kernels run there
+    assert refused("sage_varlen", capability=(10, 0)) == refused(TRITON, capability=(10, 0)) == ""
+    library("1.0.6")
+    assert registry.unavailable("sage") == []
+    assert refused("sage", capability=(10, 0)) == ""
 
 
 def test_missing_says_what_to_install(library):

@@ -31,7 +31,8 @@ needs_triton = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def found() -> dict[str, str]:
     """What was wrong with each case; "" for a case that is right."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join((str(ROOT), *sys.path))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-W", "ignore", str(ROOT / "tests" / "interpreted.py")],
         env=environment, cwd=ROOT / "tests", capture_output=True, text=True, timeout=600,

@@ -133,6 +133,21 @@ def test_layouts(backend, device, layout):
 
 
 @on_every_backend
+@pytest.mark.parametrize("same", [False, True])
+def test_lengths_that_are_columns_of_a_table(backend, device, same):
+    """Kernels take a pointer: read without its stride, a column gives wrong numbers and no message."""
+    require(backend)
+    limits = limits_on(backend, device, varlen=True)
+    *tensors, starts, _ = packed("rows_behind", limits.dtypes[0], device, width=64, value_width=64)
+    table = torch.stack([starts, torch.full_like(starts, 7)], 1)
+    columns = [table[:, 0]] * 2 if same else [table[:, 0], starts.clone()]
+    with torch.no_grad():
+        actual = compiled_attn.varlen_attention(*tensors, *columns, backend=backend)
+        expected = compiled_attn.varlen_attention(*tensors, starts, starts, backend=backend)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@on_every_backend
 def test_equals_the_dense_call(backend, device):
     """B equal sequences packed behind one another are a batch."""
     require(backend)

@@ -147,6 +147,26 @@ def test_cutlass_packed(library, lengths, causal, key_heads):
     assert not [call for call in library.calls if call.startswith("flash")] or query.numel() * key.numel() == 0
 
 
+@pytest.mark.parametrize("width", [16, 24], ids=["flash", "cutlass"])
+@pytest.mark.parametrize("causal", [0, CAUSAL], ids=["full", "causal"])
+def test_lengths_that_are_columns_of_a_table(library, causal, width):
+    query, key, _, *starts = flash_checks.packed("uneven")
+    starts = list(torch.stack(starts, 1).unbind(1))
+    assert not starts[0].is_contiguous()
+    value = torch.randn(*key.shape[:2], width, dtype=torch.float64, requires_grad=True)
+    operator_checks.varlen("xformers", [query, key, value, *starts], causal, None)
+
+
+def test_lengths_that_begin_at_one_place_are_not_one_tensor(library):
+    """Causal from the upper left is for the CUTLASS operator: the other one aligns at the lower right."""
+    table = torch.tensor([0, 3, 9, 0, 21], dtype=torch.int32)
+    starts_q, starts_k = table[:3], table[::2]
+    query = torch.randn(9, 4, 16, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(21, 4, 16, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    operator_checks.varlen("xformers", [query, key, value, starts_q, starts_k], CAUSAL, None)
+    assert library.calls == ["cutlass_forward", "cutlass_backward"]
+
+
 @pytest.mark.parametrize("lengths", ["one", "uneven", "rows_behind", "empty_inside"])
 def test_float32_packed_causal_of_one_tensor_of_lengths(library, lengths):
     query, *_, starts, _ = flash_checks.packed(lengths, dtype=torch.float32)
@@ -190,6 +210,12 @@ REFUSED = [
      {"varlen": True, "window": (3, 3)}),
     ("float32 needs its CUTLASS operator, which is causal from the upper left for packed sequences",
      {"dtypes": F32, "varlen": True, "causal": True, "alignment": "lower_right"}),
+    ("has no dropout in the backward for head_dim=256 over 192 on compute capability (8, 9)",
+     {**dict.fromkeys(("query", "key", "value"), (2, 6, 4, 256)), "dropout_p": 0.1, "gradient": True,
+      "capability": (8, 9)}),
+    ("has no dropout in the backward for head_dim=200 over 192 on compute capability (12, 0)",
+     {**dict.fromkeys(("query", "key", "value"), (6, 4, 200)), "dropout_p": 0.1, "gradient": True,
+      "capability": (12, 0), "varlen": True}),
     ("has no deterministic backward", {"gradient": True, "deterministic": True}),
     ("needs compute capability (8, 0), not (7, 5)", {"capability": (7, 5)}),
     ("takes bfloat16/float16/float32, not float64", {"dtypes": (torch.float64,) * 3}),

@@ -8,6 +8,7 @@ leaves. The matrix-product ceiling is measured beside them. --json keeps everyth
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import shlex
@@ -141,7 +142,7 @@ def _dense(
                 found[provider] = _flex(inputs, device, repeats)
         elif not compiled_attn.why_not(provider, *inputs):
             found[provider] = _both(
-                lambda provider=provider: compiled_attn.attention(*inputs, backend=provider), inputs, device, repeats
+                functools.partial(compiled_attn.attention, *inputs, backend=provider), inputs, device, repeats
             )
     ours = found["triton"]
     for provider, (forward, backward) in found.items():
@@ -176,7 +177,8 @@ def _ragged(
 
     def packed(backend: str) -> Callable[[], Tensor]:
         longest = max(lengths)
-        return lambda: compiled_attn.varlen_attention(*inputs, starts, starts, longest, longest, backend=backend)
+        q, k, v = inputs
+        return lambda: compiled_attn.varlen_attention(q, k, v, starts, starts, longest, longest, backend=backend)
 
     mine, theirs = (_both(packed(backend), inputs, device, repeats) for backend in ("triton_varlen", "_native_flash"))
     own = _both(lambda: compiled_attn.attention(*equal, backend="triton"), equal, device, repeats)
@@ -208,10 +210,8 @@ def _masked(
         full = [query, *(_random(batch, k_length, heads, width, dtype=dtype, device=device) for _ in range(2))]
         left = int(keep[0].sum())
         short = [query, *(tensor.detach()[:, :left].contiguous().requires_grad_() for tensor in full[1:])]
-        masked = _both(
-            lambda keep=keep, full=full: compiled_attn.attention(*full, key_padding_mask=keep, backend="triton"), full,
-            device, repeats,
-        )  # fmt: skip
-        plain = _both(lambda short=short: compiled_attn.attention(*short, backend="triton"), short, device, repeats)
+        triton = functools.partial(compiled_attn.attention, backend="triton")
+        masked = _both(functools.partial(triton, *full, key_padding_mask=keep), full, device, repeats)
+        plain = _both(functools.partial(triton, *short), short, device, repeats)
         row[what], row[f"{what}, backward"] = masked[0] / plain[0], masked[1] / plain[1]
     return row

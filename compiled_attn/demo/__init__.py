@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", default="out/demo", metavar="DIR", help="where the results go (default: %(default)s)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--models", nargs="+", choices=models.NAMES, default=list(models.NAMES), metavar="NAME",
-                        help=f"among {', '.join(models.NAMES)} (default: all)")  # fmt: skip
+    parser.add_argument("--models", nargs="+", choices=models.NAMES, default=list(models.DEFAULT), metavar="NAME",
+                        help=f"among {', '.join(models.NAMES)} (default: {', '.join(models.DEFAULT)})")  # fmt: skip
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: every backend that can run the calls")
     parser.add_argument("--quick", action="store_true", help="compile with aot_eager and build no package: seconds")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps per backend (default: 5)")

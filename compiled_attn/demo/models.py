@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NAMES = ("flux", "wan", "qwen")
+NAMES = ("flux", "wan", "qwen", "hunyuan")
+DEFAULT = NAMES[:3]
 
 # With weights as initialised, attention averages its keys away and a wrong kernel hides behind the residual stream.
 # Twice the q and k norms gives scores of standard deviation 4, as peaked as trained ones, and four times the values a
@@ -44,7 +45,7 @@ class Subject:
 
 def build(name: str, device: str, dtype: torch.dtype, real: bool, seed: int = 0) -> Subject:
     """Model ``name`` of :data:`NAMES`, tiny or (``real``) at its real width and small depth."""
-    makers = {"flux": _flux, "wan": _wan, "qwen": _qwen}
+    makers = {"flux": _flux, "wan": _wan, "qwen": _qwen, "hunyuan": _hunyuan}
     with torch.random.fork_rng(devices=[] if device == "cpu" else None), torch.device(device):
         torch.manual_seed(seed)
         model, inputs, size = makers[name](real)
@@ -166,3 +167,41 @@ def _qwen(real: bool) -> tuple[Any, dict[str, Any], str]:
     }
     size = f"{heads} heads x {dim}, {words} of {text} text + {side * side} tokens, {layers} blocks"
     return model, inputs, size
+
+
+def _hunyuan(real: bool) -> tuple[Any, dict[str, Any], str]:
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    if real:
+        heads, dim, channels, text_width, pooled, axes, patch = 24, 128, 16, 4096, 768, (16, 56, 56), 2
+        frames, side, text, words, layers = 5, 64, 256, 100, 2
+    else:
+        heads, dim, channels, text_width, pooled, axes, patch = 2, 16, 4, 16, 8, (4, 6, 6), 1
+        frames, side, text, words, layers = 1, 8, 12, 7, 1
+    model = HunyuanVideoTransformer3DModel(
+        in_channels=channels,
+        out_channels=channels,
+        num_attention_heads=heads,
+        attention_head_dim=dim,
+        num_layers=layers,
+        num_single_layers=layers,
+        num_refiner_layers=1,
+        patch_size=patch,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=text_width,
+        pooled_projection_dim=pooled,
+        rope_axes_dim=axes,
+        image_condition_type=None,
+    )
+    # Text comes last, and its padding is masked in every call, whether there is any or not.
+    inputs = {
+        "hidden_states": torch.randn(1, channels, frames, side, side),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, text, text_width),
+        "encoder_attention_mask": torch.arange(text)[None] < words,
+        "pooled_projections": torch.randn(1, pooled),
+        "guidance": torch.tensor([1000]),
+    }
+    tokens = frames * (side // patch) ** 2
+    return model, inputs, f"{heads} heads x {dim}, {tokens} + {words} of {text} text tokens, {layers} + {layers} blocks"

@@ -84,6 +84,7 @@ class Quantise:
         assert (Input.stride(1), Input.stride(0), Input.stride(2)) == (stride_ih, stride_in, 1)
         assert (Output.stride(1), Output.stride(0), Output.stride(2)) == (stride_oh, stride_on, 1)
         assert (Input.shape[1], Input.shape[2]) == (H, C)
+        assert cu_seqlens_input.is_contiguous() and cu_seqlens_scale.is_contiguous(), "no stride is passed"
         starts = cu_seqlens_input.tolist()
         lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
         assert grid == (grid[0], H, len(lengths)) and grid[0] * BLK >= max(lengths)
@@ -193,9 +194,10 @@ class Library:
     ) -> Tensor:  # fmt: skip
         assert q.dtype == k.dtype == torch.int8 and v.dtype == torch.float16 and q.shape[-1] in (64, 128)
         assert v.stride(-1) == 1
+        starts = (cu_seqlens_q, cu_seqlens_k, cu_seqlens_q_scale, cu_seqlens_k_scale)
+        assert all(start.is_contiguous() for start in starts), "no stride is passed"
         self.asked.append(("packed", {"causal": causal, "v": v}))
         out = torch.full(q.shape, math.nan, dtype=output_dtype)
-        starts = (cu_seqlens_q, cu_seqlens_k, cu_seqlens_q_scale, cu_seqlens_k_scale)
         rows = list(zip(*(start.tolist() for start in starts), strict=True))
         for (q0, k0, qs, ks), (q1, k1, *_) in zip(rows, rows[1:], strict=False):
             parts = []

@@ -189,6 +189,7 @@ def _pieces(inp: Any) -> tuple[list[tuple[int, slice, slice]], int]:
     starts = []
     for info in (bias.q_seqinfo, bias.k_seqinfo):
         assert info.seqstart.dtype == torch.int32
+        assert info.seqstart.is_contiguous()
         assert info.max_seqlen >= max(1, int(info.seqstart.diff().max()))
         ends = info.seqstart.tolist()
         starts.append([slice(a, b) for a, b in zip(ends, ends[1:], strict=False)])
