@@ -63,7 +63,7 @@ def compiled(name: str, seed: int = 0) -> tuple[models.Subject, Callable[[], Ten
     return subject, lambda: subject(model), graphs
 
 
-CALLS = {"flux": 2, "wan": 4, "qwen": 2}
+CALLS = {"flux": 2, "wan": 4, "qwen": 2, "hunyuan": 2}
 
 
 @pytest.mark.parametrize("name", models.NAMES)

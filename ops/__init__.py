@@ -8,26 +8,27 @@ import gc
 if __name__ != "compiled_attn.ops":
     raise ImportError("import compiled_attn.ops: imported as 'ops', it would define every operator twice")
 
-# ruff: noqa: E402, I001  (the order here is the order of list_backends())
+# ruff: noqa: I001  (the order here is the order of list_backends())
 
 # Defining two hundred operators allocates enough to set off a full collection of all that torch has loaded: 0.1 to
 # 0.2 s of an import that may take 0.3.
 _collecting = gc.isenabled()
 gc.disable()
 
-from . import native as native
-from . import flex as flex
-from . import flash2 as flash2
-from . import flash3 as flash3
-from . import flash4 as flash4
-from . import sage as sage
-from . import hub as hub
-from . import xformers as xformers
-from . import aiter as aiter
-from . import npu as npu
-from . import xla as xla
-from . import triton as triton
-from . import switch as switch
-
-if _collecting:
-    gc.enable()
+try:
+    from . import native as native
+    from . import flex as flex
+    from . import flash2 as flash2
+    from . import flash3 as flash3
+    from . import flash4 as flash4
+    from . import sage as sage
+    from . import hub as hub
+    from . import xformers as xformers
+    from . import aiter as aiter
+    from . import npu as npu
+    from . import xla as xla
+    from . import triton as triton
+    from . import switch as switch
+finally:
+    if _collecting:
+        gc.enable()

@@ -198,7 +198,7 @@ def test_another_package_of_the_same_name(monkeypatch):
     aiter.PACKAGE.forget()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     reason, elsewhere = registry.unavailable("aiter")
-    assert reason.startswith("module 'aiter.ops.mha' is there, but not from 'amd-aiter'; pip install amd-aiter")
+    assert reason.startswith("module 'aiter' is there, but not from 'amd-aiter'; pip install amd-aiter")
     assert "the package called aiter is another project: uninstall it" in reason
     assert elsewhere == "runs on ROCm alone, and this PyTorch is not built for it"
     monkeypatch.setattr(torch.version, "hip", "6.4")

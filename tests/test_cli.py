@@ -122,7 +122,7 @@ def test_markdown_says_what_limits_say(capsys: pytest.CaptureFixture[str], nowhe
     *_, first, second = printed(capsys, "list", "--markdown").strip().split("\n")
     assert first == (
         "| `nowhere` | dense | cuda 9.0+ | bf16 | 1-256, multiples of 8 | - | lower_right | gqa, window, lse | yes "
-        "| contract |"
+        "| contract-tested, not run on hardware |"
     )
     assert second == "|  | dense | xpu | f16 | any | - | - | - | - | hardware |"
 

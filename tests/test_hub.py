@@ -337,6 +337,7 @@ def test_too_old_and_absent(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.13.0")
     assert registry.unavailable("sage_hub") == ["kernels 0.13.0 is older than 0.14; pip install 'kernels>=0.14'"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
     assert registry.unavailable("sage_hub") == ["module 'kernels' is not installed; pip install 'kernels>=0.14'"]
 
 

@@ -266,6 +266,7 @@ def test_absent_or_old(installed, monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0.28")
     assert registry.unavailable("xformers") == ["xformers 0.0.28 is older than 0.0.33; pip install xformers"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "xformers", raising=False)
     assert registry.unavailable("xformers") == ["module 'xformers' is not installed; pip install xformers"]
 
 
