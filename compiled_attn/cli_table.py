@@ -36,7 +36,8 @@ def narrow(rows: Sequence[Sequence[str]], width: int) -> list[tuple[str, ...]]:
     >>> narrow([("cpu, cuda, xpu", "f32")], 9)
     [('cpu,\\ncuda, xpu', 'f32')]
     """
-    return [tuple("\n".join(textwrap.wrap(cell, width, break_long_words=False, break_on_hyphens=False)) for cell in row) for row in rows]
+    wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    return [tuple("\n".join(wrapper.wrap(cell)) for cell in row) for row in rows]
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

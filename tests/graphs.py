@@ -16,10 +16,7 @@ class Counter(CompileCounterWithBackend):
 
     def operators(self) -> list[list[str]]:
         """For each graph, in order of compilation, the backends whose dense operators are in it."""
-        return [
-            [_backend(node.target) for node in graph.graph.nodes if _is_ours(node.target)]
-            for graph in self.graphs
-        ]
+        return [[_backend(node.target) for node in graph.graph.nodes if _is_ours(node.target)] for graph in self.graphs]
 
 
 def _is_ours(target: Any) -> bool:
