@@ -63,14 +63,14 @@ def test_contexts_and_defaults_share_their_graphs():
             with attention_backend(name):
                 call(X)
             if round_number == 0:
-                assert counter.operators()[-1] == [name, name]
+                assert counter.backends()[-1] == [name, name]
         assert counter.frame_count == len(MANY)
         for name in MANY:
             compiled_attn.set_default_backend(name)
             call(X)
         compiled_attn.set_default_backend("native")
         assert counter.frame_count == len(MANY)
-    assert [names[0] for names in counter.operators()] == MANY
+    assert [names[0] for names in counter.backends()] == MANY
 
 
 def test_defaults_first():
@@ -95,7 +95,7 @@ def test_pins():
             set_attention_backend(model, name)
             call(X)
         assert counter.frame_count == len(MANY)
-    assert [names[0] for names in counter.operators()] == MANY
+    assert [names[0] for names in counter.backends()] == MANY
     set_attention_backend(model, TWO)
     for name in OWN:
         compiled_attn.set_default_backend(name)

@@ -15,14 +15,16 @@ class Counter(CompileCounterWithBackend):
         super().__init__(backend)
 
     def operators(self) -> list[list[str]]:
-        """For each graph, in order of compilation, the backends whose dense operators are in it."""
-        return [[_backend(node.target) for node in graph.graph.nodes if _is_ours(node.target)] for graph in self.graphs]
+        """For each graph, in order of compilation, the names of our operators in it."""
+        return [
+            [node.target._opname for node in graph.graph.nodes if _is_ours(node.target)]  # type: ignore[union-attr]
+            for graph in self.graphs
+        ]
+
+    def backends(self) -> list[list[str]]:
+        """The same with the backend's name: a varlen one's dense operator is called ``<name>_dense``."""
+        return [[name.removesuffix("_dense") for name in names] for names in self.operators()]
 
 
 def _is_ours(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.namespace == "compiled_attn"
-
-
-def _backend(target: Any) -> str:
-    """``flash_varlen`` of ``flash_varlen_dense``: a varlen name keeps its own name for packed calls."""
-    return target._opname.removesuffix("_dense")
