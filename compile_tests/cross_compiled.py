@@ -1,7 +1,8 @@
 """Compiles the Triton kernels, as shipped, for GPUs that are not here, and prints what ptxas made of them.
 
 A program of its own: ``python cross_compiled.py sm_80,sm_90 64,128 plain,packed`` prints one JSON object, case to
-findings. No GPU is needed: triton brings ptxas and cuobjdump, and LLVM for AMD.
+findings; a fourth argument names the kernels (``hopper``: the Gluon one). No GPU is needed: triton brings ptxas and
+cuobjdump, and LLVM for AMD.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from compiled_attn.ops import _triton_launch
+from compiled_attn.ops import _hopper_launch, _triton_launch
 from compiled_attn.ops._triton_configs import KINDS, Config, choose, parts
 
 TARGETS = {
@@ -40,6 +42,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gather": {"GATHER": True},
     "window": {"LEFT": True, "RIGHT": True},
     "bool": {"MASK": 1},
+}
+HOPPER: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"RIGHT": True},
+    "packed": {"VARLEN": True},
+    "listed": {"LISTED": True},
+    "window": {"LEFT": True, "RIGHT": True, "LOWER_RIGHT": True, "VARLEN": True},
 }
 FLAGS = ("LEFT", "RIGHT", "LOWER_RIGHT", "GATHER", "VARLEN")
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -81,6 +90,58 @@ def compiled(kind: str, target: str, head_dim: int, variant: str) -> tuple[Any, 
     return triton.compile(source, target=TARGETS[target], options=options), config
 
 
+def hopper(head_dim: int, variant: str) -> tuple[Any, Any]:
+    """The Gluon kernel in the configuration shipped, with the descriptors that its launcher makes."""
+    kernel, more = _hopper_launch.hopper_forward, HOPPER[variant]
+    config = _hopper_launch.choose(head_dim, "RIGHT" in more or "LEFT" in more)
+    width = _hopper_launch.width_of(head_dim)
+    flags = ("LEFT", "RIGHT", "LOWER_RIGHT", "VARLEN", "LISTED")
+    constants: dict[str, Any] = {
+        "GROUP": 1, **dict.fromkeys(flags, False), **more, "LSE": True, **config.constants(), "WIDTH": width,
+    }  # fmt: skip
+    if not constants["LISTED"]:
+        constants.update(k_copies=None, v_copies=None)
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith(("_rows", "_copies")):
+            rows = config.block_k if name[0] in "kv" else _hopper_launch.ROWS
+            signature[name] = f"tensordesc<bf16[1, 1, 1, {rows}, {width}],{_hopper_launch.layout(width)!r}>"
+        elif name[0].isupper():
+            signature[name] = "*fp32" if name == "Lse" else "*i32"
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    source = GluonASTSource(kernel, signature, constants, {})
+    return triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": 4}), config
+
+
+def beside_the_product(code: str) -> list[tuple[int, int]]:
+    """Of each stretch of machine code in which only the product with the values is in flight: exponentials and accesses
+    to spilled registers. ptxas 12.8 moves the wait for that product up if it may, and the softmax runs beside nothing.
+    """
+    stretches = re.findall(r"DEPBAR\.LE gsb0, 0x1\b(.*?)DEPBAR\.LE gsb0, 0x0\b", code, re.S)
+    return [(one.count("MUFU.EX2"), len(re.findall(r"\b(?:LDL|STL)\b", one))) for one in stretches]
+
+
+def still_copies(code: str) -> list[str]:
+    """Copies of keys and values, in ttgir, whose row is none of the loop's own values: each step would load one block.
+
+    Triton 3.6 and 3.7 leave a variable out of a loop's state if it enters the loop as the same value as another one and
+    takes that one's place there. Seen on an H200: right results for one block of keys, wrong ones for more.
+    """
+    found, own = [], set()
+    for line in code.splitlines():
+        loop = re.search(r"scf\.for (%\w+) = .*?(?:iter_args\((.*?)\) ->|:)", line)
+        if loop:
+            own = {loop[1], *re.findall(r"(%\w+) =", loop[2] or "")}
+        own |= set(re.findall(r"^\s*(%\w+)(?::\d+)? =", line))
+        copy = re.search(r"async_tma_copy_global_to_local %[kv]_\w+\[(.*?)\]", line)
+        if copy and copy[1].split(", ")[3].split("#")[0] not in own:
+            found.append(line.strip()[:120])
+    return found
+
+
 def nvidia(kernel: Any, target: str) -> dict[str, Any]:
     """Spilled bytes, ptxas's warnings about serialised wgmma, descriptors made of a register that nobody set."""
     with tempfile.TemporaryDirectory() as folder:
@@ -101,6 +162,7 @@ def nvidia(kernel: Any, target: str) -> dict[str, Any]:
         "spilled": int(spilled[1]),
         "warnings": sorted(set(re.findall(r"C75\d\d", said))),
         "descriptors": wrong_descriptors(code),
+        "beside": beside_the_product(code),
     }
 
 
@@ -128,21 +190,28 @@ def amd(kernel: Any) -> dict[str, Any]:
     return {"spilled": int(spilled[1]), "warnings": [], "descriptors": []}
 
 
-def main(targets: list[str], widths: list[int], variants: list[str]) -> None:
+def main(targets: list[str], widths: list[int], variants: list[str], kinds: list[str]) -> None:
     found = {}
     for target in targets:
         for head_dim in widths:
-            for kind in KINDS:
+            for kind in kinds:
                 for variant in variants:
-                    kernel, config = compiled(kind, target, head_dim, variant)
+                    if kind == "hopper":
+                        kernel, config = hopper(head_dim, variant)
+                    else:
+                        kernel, config = compiled(kind, target, head_dim, variant)
                     report = amd(kernel) if target == "gfx" else nvidia(kernel, target)
                     report["scratch"] = getattr(kernel.metadata, "global_scratch_size", 0)
                     report["shared"] = kernel.metadata.shared
                     report["config"] = str(config)
+                    if kind == "hopper":
+                        report["still"] = still_copies(kernel.asm["ttgir"])
+                        report["copies"] = len(re.findall(r"copy_global_to_local %[kv]_", kernel.asm["ttgir"]))
                     found[f"{target} {kind} {head_dim} {variant}"] = report
     json.dump(found, sys.stdout)
     print()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1].split(","), [int(width) for width in sys.argv[2].split(",")], sys.argv[3].split(","))
+    asked = [argument.split(",") for argument in sys.argv[1:]]
+    main(asked[0], [int(width) for width in asked[1]], asked[2], asked[3] if len(asked) > 3 else list(KINDS))

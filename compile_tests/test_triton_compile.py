@@ -28,10 +28,11 @@ needs_triton = pytest.mark.skipif(
 MOST_SPILLED = 128
 
 
-def cross_compiled(targets: str, widths: str, variants: str) -> dict[str, dict]:
+def printed(program: str, *arguments: str) -> dict:
+    """What a program beside this file prints last, as JSON."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-W", "ignore", "compile_tests/cross_compiled.py", targets, widths, variants]
+    command = [sys.executable, "-W", "ignore", f"compile_tests/{program}", *arguments]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout.splitlines()[-1])
@@ -63,14 +64,41 @@ def verify(found: dict[str, dict]) -> None:
     ],
 )
 def test_shipped_configurations(target, width):
-    verify(cross_compiled(target, width, "plain"))
+    verify(printed("cross_compiled.py", target, width, "plain"))
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("width", ["64", "72", "96", "128"])
 def test_shipped_configurations_in_every_variant_on_hopper(width):
-    verify(cross_compiled("sm_90", width, "plain,causal,packed,gather,window"))
+    verify(printed("cross_compiled.py", "sm_90", width, "plain,causal,packed,gather,window"))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("width", "variants"),
+    [
+        ("128", "plain"),
+        *(
+            pytest.param(width, "plain,causal,packed,listed,window", marks=pytest.mark.slow)
+            for width in ("64", "96", "256")
+        ),
+        pytest.param("128", "causal,packed,listed,window", marks=pytest.mark.slow),
+    ],
+)
+def test_the_kernel_for_hopper(width, variants):
+    """No scratch memory, no serialised wgmma, and the softmax where it is meant to run, without spills there."""
+    found = printed("cross_compiled.py", "sm_90", width, variants, "hopper")
+    verify(found)
+    for case, report in found.items():
+        assert report["still"] == [], (case, report)
+        assert report["copies"] == (4 if case.endswith("listed") else 2), (case, report)
+        keys = 64 if width == "256" else 128
+        assert report["beside"], case
+        for exponentials, spills in report["beside"]:
+            # a thread has half a block's keys of each of two rows, and what the two rows shrink by
+            assert exponentials >= keys // 2, (case, report)
+            assert spills == 0, (case, report)
 
 
 def block(name):
@@ -78,6 +106,19 @@ def block(name):
         return compiled_attn.attention(query, key, value, is_causal=True, backend=name)
 
     return call
+
+
+@needs_triton
+def test_pytorch_sees_what_the_kernels_write_to():
+    """With a helper that read cu_seqlens it took them for results: a copy in every call, and on torch < 2.13 compiled
+    training on packed sequences of dynamic lengths failed in Inductor (replace_by_example)."""
+    assert printed("written_to.py") == {
+        "key_order": ["Order", "Rank"],
+        "compact": ["OutK", "OutV"],
+        "attention_forward": ["Lse", "Out"],
+        "attention_dq": ["DQ", "Rows"],
+        "attention_dkv": ["DK", "DV"],
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -56,12 +56,15 @@ def main(arguments: argparse.Namespace) -> int:
         print(report("attention call makes no sense:", wrong), file=sys.stderr)
         return 2
     verdicts = [_verdict(name, call) for name in registry.list_backends()]
+    fastest = _fastest(call, verdicts)
     if arguments.json:
-        print(json.dumps({"call": _plain(call), "backends": verdicts}, indent=2))
+        print(json.dumps({"call": _plain(call), "backends": verdicts, "fastest": fastest}, indent=2))
     else:
         rows = [(one["name"], one["verdict"], "\n".join(one["reasons"] + one["absences"])) for one in verdicts]
         print(cli_table.text(("backend", "can it", "why not"), rows))
         print('\n"not here": the backend serves this call, but not in this process, for the reasons given')
+        if fastest is not None:
+            print(f"measured fastest for such a call, of those that need no kernel library: {fastest}")
     return 0
 
 
@@ -104,6 +107,21 @@ def _verdict(name: str, call: Call) -> dict[str, Any]:
         missing = [f"this machine has no {call.devices[0]} device"]
     verdict = "no" if reasons else "not here" if missing else "yes"
     return {"name": name, "verdict": verdict, "reasons": reasons, "absences": missing}
+
+
+def _fastest(call: Call, verdicts: list[dict[str, Any]]) -> str | None:
+    """The backend that says so of itself, among those that can run the call, here or elsewhere."""
+    for one in verdicts:
+        backend = registry.backend_info(one["name"])
+        if not one["reasons"] and backend.fastest is not None and backend.packed == call.varlen and _proven(backend):
+            if backend.fastest(call):
+                return backend.name
+    return None
+
+
+def _proven(backend: registry.Backend) -> bool:
+    """Whether its kernels, as they are, ran on the hardware."""
+    return all(limits.verified == "hardware" for limits in (*backend.limits, *backend.varlen_limits))
 
 
 def _plain(call: Call) -> dict[str, Any]:

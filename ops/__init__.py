@@ -28,6 +28,7 @@ try:
     from . import npu as npu
     from . import xla as xla
     from . import triton as triton
+    from . import triton_hopper as triton_hopper
     from . import switch as switch
 finally:
     if _collecting:

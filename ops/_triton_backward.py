@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_tiles import hide, in_place, kernel, keys_seen, load_rows, mask_start, rows_of, sequence_of, store_rows
+from ._triton_tiles import bounds, hide, kernel, keys_seen, load_rows, mask_start, store_rows
 
 
 @triton.jit
@@ -25,17 +25,11 @@ def walk_keys(
     step = tl.arange(0, BLOCK_K)
     for place in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         inside = place + step < limit
-        if GATHER:
-            if CHECK:
-                keys = tl.load(Order + place + step, mask=inside, other=0)
-            else:
-                keys = tl.load(Order + place + step)
-            k_base, v_base = K, V
-            k_offsets, v_offsets = keys.to(tl.int64) * k_row, keys.to(tl.int64) * v_row
-        else:
-            keys = place + step
-            k_base, v_base = K + tl.cast(place, tl.int64) * k_row, V + tl.cast(place, tl.int64) * v_row
-            k_offsets, v_offsets = step * k_row, step * v_row
+        keys = place + step
+        if GATHER and CHECK and (LEFT or RIGHT):
+            keys = tl.load(Order + keys, mask=inside, other=0)
+        k_base, v_base = K + tl.cast(place, tl.int64) * k_row, V + tl.cast(place, tl.int64) * v_row
+        k_offsets, v_offsets = step * k_row, step * v_row
         k_a = load_rows(k_base, k_offsets, inside, 0, A, D, CHECK)
         start = mask_start(
             Mask + tl.cast(place, tl.int64) * mask_k, mask_rows[:, None] + (step * mask_k)[None, :], inside[None, :],
@@ -81,9 +75,22 @@ def attention_dq(
     head = program // tiles
     factor = tl.cast(scale, tl.float32)
     if VARLEN:
-        number, q_begin, q_end, first = sequence_of(tile, StartsQ, batch, q_length, BLOCK_Q)
+        low = 0
+        high = batch
+        while low < high:
+            middle = (low + high + 1) // 2
+            if tl.load(StartsQ + middle) // BLOCK_Q + middle <= tile:
+                low = middle
+            else:
+                high = middle - 1
+        q_begin, q_end = bounds(
+            tl.load(StartsQ + low), tl.load(StartsQ + low + 1, mask=low < batch, other=q_length), q_length
+        )
+        first = (tile - q_begin // BLOCK_Q - low) * BLOCK_Q
         rows_left = q_end - q_begin - first
-        k_begin, keys = rows_of(number, StartsK, batch, k_length)
+        # rows behind the last sequence, number ``batch``, have no keys
+        k_begin, k_end = bounds(tl.load(StartsK + low), tl.load(StartsK + low + 1, mask=low < batch, other=0), k_length)
+        keys = k_end - k_begin
         K += tl.cast(k_begin, tl.int64) * (k_row * UNIT)
         V += tl.cast(k_begin, tl.int64) * (v_row * UNIT)
         q_from = tl.cast(q_begin + first, tl.int64)
@@ -102,7 +109,7 @@ def attention_dq(
         Grad += number * (g_batch * UNIT)
         Mask += number * mask_batch + tl.cast(head, tl.int64) * mask_head + tl.cast(first, tl.int64) * mask_q
         Order += number * k_length
-        Rank += number * (k_length + 4)
+        Rank += number * (k_length + 1)
         q_from = tl.cast(first, tl.int64)
         lse_from = (number * heads + head) * q_length + q_from
         out_from = ((number * q_length + q_from) * heads + head) * D
@@ -150,26 +157,11 @@ def attention_dq(
             rows, mask_rows, k_row * UNIT, v_row * UNIT, mask_k, left, right, scale_2,
             D, A, B, MASK, LEFT, RIGHT, GATHER, True, BLOCK_Q, BLOCK_K, STAGES,
         )  # fmt: skip
-    plain_end = whole_end
-    if GATHER:
-        plain_end, run_begin, behind = in_place(whole_begin, whole_end, Rank, k_length, BLOCK_K)
     dq_a, dq_b = walk_keys(
-        dq_a, dq_b, q_a, q_b, do_a, do_b, lse, delta, K, V, Order, Mask, whole_begin, plain_end, end, rows, mask_rows,
+        dq_a, dq_b, q_a, q_b, do_a, do_b, lse, delta, K, V, Order, Mask, whole_begin, whole_end, end, rows, mask_rows,
         k_row * UNIT, v_row * UNIT, mask_k, left, right, scale_2,
-        D, A, B, MASK, LEFT, RIGHT, False, False, BLOCK_Q, BLOCK_K, STAGES,
+        D, A, B, MASK, LEFT, RIGHT, GATHER, False, BLOCK_Q, BLOCK_K, STAGES,
     )  # fmt: skip
-    if GATHER:
-        dq_a, dq_b = walk_keys(
-            dq_a, dq_b, q_a, q_b, do_a, do_b, lse, delta, K, V, Order, Mask, plain_end, run_begin, end, rows, mask_rows,
-            k_row * UNIT, v_row * UNIT, mask_k, left, right, scale_2,
-            D, A, B, MASK, LEFT, RIGHT, True, False, BLOCK_Q, BLOCK_K, 2 * STAGES - 1,
-        )  # fmt: skip
-        dq_a, dq_b = walk_keys(
-            dq_a, dq_b, q_a, q_b, do_a, do_b, lse, delta, K + tl.cast(behind, tl.int64) * (k_row * UNIT),
-            V + tl.cast(behind, tl.int64) * (v_row * UNIT), Order, Mask, run_begin, whole_end, end, rows, mask_rows,
-            k_row * UNIT, v_row * UNIT, mask_k, left, right, scale_2,
-            D, A, B, MASK, LEFT, RIGHT, False, False, BLOCK_Q, BLOCK_K, STAGES,
-        )  # fmt: skip
     dq_a, dq_b = walk_keys(
         dq_a, dq_b, q_a, q_b, do_a, do_b, lse, delta, K, V, Order, Mask, whole_end, end, end, rows, mask_rows,
         k_row * UNIT, v_row * UNIT, mask_k, left, right, scale_2,
@@ -246,9 +238,21 @@ def attention_dkv(
     key_head = program // tiles
     factor = tl.cast(scale, tl.float32)
     if VARLEN:
-        number, k_begin, k_end, first = sequence_of(tile, StartsK, batch, k_length, BLOCK_K)
+        low = 0
+        high = batch
+        while low < high:
+            middle = (low + high + 1) // 2
+            if tl.load(StartsK + middle) // BLOCK_K + middle <= tile:
+                low = middle
+            else:
+                high = middle - 1
+        k_begin, k_end = bounds(
+            tl.load(StartsK + low), tl.load(StartsK + low + 1, mask=low < batch, other=k_length), k_length
+        )
+        first = (tile - k_begin // BLOCK_K - low) * BLOCK_K
         keys_left = k_end - k_begin - first
-        q_begin, rows = rows_of(number, StartsQ, batch, q_length)
+        q_begin, q_end = bounds(tl.load(StartsQ + low), tl.load(StartsQ + low + 1, mask=low < batch, other=0), q_length)
+        rows = q_end - q_begin
         Q += tl.cast(q_begin, tl.int64) * (q_row * UNIT)
         Grad += tl.cast(q_begin, tl.int64) * (g_row * UNIT)
         k_from = tl.cast(k_begin, tl.int64)
@@ -267,7 +271,7 @@ def attention_dkv(
         K += number * (k_batch * UNIT)
         V += number * (v_batch * UNIT)
         Order += number * k_length
-        Rank += number * (k_length + 4)
+        Rank += number * (k_length + 1)
         k_from = tl.cast(0, tl.int64)
         lse_from = number * key_heads * GROUP * q_length
         out_from = number * k_length

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._triton_tiles import hide, in_place, kernel, keys_seen, load_rows, mask_start, rows_of, sequence_of, store_rows
+from ._triton_tiles import bounds, hide, kernel, keys_seen, load_rows, mask_start, store_rows
 
 
 @triton.jit
@@ -21,21 +21,18 @@ def walk(
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, MASK: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     GATHER: tl.constexpr, CHECK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Keys ``begin`` to ``end`` (in blocks; ``limit`` exist, which only CHECK heeds), added to a tile's state."""
+    """Keys ``begin`` to ``end`` (in blocks; ``limit`` exist, which only CHECK heeds), added to a tile's state.
+
+    With GATHER, K and V are what :func:`compact` made, and Order says where a key was.
+    """
     step = tl.arange(0, BLOCK_K)
     for place in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         inside = place + step < limit
-        if GATHER:
-            if CHECK:
-                keys = tl.load(Order + place + step, mask=inside, other=0)
-            else:
-                keys = tl.load(Order + place + step)
-            k_base, v_base = K, V
-            k_offsets, v_offsets = keys.to(tl.int64) * k_row, keys.to(tl.int64) * v_row
-        else:
-            keys = place + step
-            k_base, v_base = K + tl.cast(place, tl.int64) * k_row, V + tl.cast(place, tl.int64) * v_row
-            k_offsets, v_offsets = step * k_row, step * v_row
+        keys = place + step
+        if GATHER and CHECK and (LEFT or RIGHT):
+            keys = tl.load(Order + keys, mask=inside, other=0)
+        k_base, v_base = K + tl.cast(place, tl.int64) * k_row, V + tl.cast(place, tl.int64) * v_row
+        k_offsets, v_offsets = step * k_row, step * v_row
         k_a = load_rows(k_base, k_offsets, inside, 0, A, D, CHECK)
         start = mask_start(
             Mask + tl.cast(place, tl.int64) * mask_k, mask_rows[:, None] + (step * mask_k)[None, :], inside[None, :],
@@ -87,9 +84,22 @@ def attention_forward(
     # Python's float arrives as fp64 under Inductor; base 2
     scale = tl.cast(scale, tl.float32) * 1.4426950408889634
     if VARLEN:
-        number, q_begin, q_end, first = sequence_of(tile, StartsQ, batch, q_length, BLOCK_Q)
+        low = 0
+        high = batch
+        while low < high:
+            middle = (low + high + 1) // 2
+            if tl.load(StartsQ + middle) // BLOCK_Q + middle <= tile:
+                low = middle
+            else:
+                high = middle - 1
+        q_begin, q_end = bounds(
+            tl.load(StartsQ + low), tl.load(StartsQ + low + 1, mask=low < batch, other=q_length), q_length
+        )
+        first = (tile - q_begin // BLOCK_Q - low) * BLOCK_Q
         rows_left = q_end - q_begin - first
-        k_begin, keys = rows_of(number, StartsK, batch, k_length)
+        # rows behind the last sequence, number ``batch``, have no keys
+        k_begin, k_end = bounds(tl.load(StartsK + low), tl.load(StartsK + low + 1, mask=low < batch, other=0), k_length)
+        keys = k_end - k_begin
         K += tl.cast(k_begin, tl.int64) * (k_row * UNIT)
         V += tl.cast(k_begin, tl.int64) * (v_row * UNIT)
         q_from = q_begin + first
@@ -106,7 +116,7 @@ def attention_forward(
         Q += of_batch * (q_batch * UNIT)
         Mask += of_batch * mask_batch + tl.cast(head, tl.int64) * mask_head + tl.cast(first, tl.int64) * mask_q
         Order += of_batch * k_length
-        Rank += of_batch * (k_length + 4)
+        Rank += of_batch * (k_length + 1)
         q_from = first
         shift = k_length - q_length
     if rows_left <= 0:
@@ -140,27 +150,11 @@ def attention_forward(
             mask_rows, k_row * UNIT, v_row * UNIT, mask_k, left, right, scale,
             D, A, B, MASK, LEFT, RIGHT, GATHER, True, BLOCK_Q, BLOCK_K, STAGES,
         )  # fmt: skip
-    plain_end = whole_end
-    if GATHER:
-        plain_end, run_begin, behind = in_place(whole_begin, whole_end, Rank, k_length, BLOCK_K)
     acc_a, acc_b, total, top = walk(
-        acc_a, acc_b, total, top, q_a, q_b, K, V, Order, Mask, whole_begin, plain_end, end, rows, mask_rows,
+        acc_a, acc_b, total, top, q_a, q_b, K, V, Order, Mask, whole_begin, whole_end, end, rows, mask_rows,
         k_row * UNIT, v_row * UNIT, mask_k, left, right, scale,
-        D, A, B, MASK, LEFT, RIGHT, False, False, BLOCK_Q, BLOCK_K, STAGES,
+        D, A, B, MASK, LEFT, RIGHT, GATHER, False, BLOCK_Q, BLOCK_K, STAGES,
     )  # fmt: skip
-    if GATHER:
-        # each load waits for another one: twice the stages keep as many rows on their way
-        acc_a, acc_b, total, top = walk(
-            acc_a, acc_b, total, top, q_a, q_b, K, V, Order, Mask, plain_end, run_begin, end, rows, mask_rows,
-            k_row * UNIT, v_row * UNIT, mask_k, left, right, scale,
-            D, A, B, MASK, LEFT, RIGHT, True, False, BLOCK_Q, BLOCK_K, 2 * STAGES - 1,
-        )  # fmt: skip
-        acc_a, acc_b, total, top = walk(
-            acc_a, acc_b, total, top, q_a, q_b, K + tl.cast(behind, tl.int64) * (k_row * UNIT),
-            V + tl.cast(behind, tl.int64) * (v_row * UNIT), Order, Mask, run_begin, whole_end, end, rows, mask_rows,
-            k_row * UNIT, v_row * UNIT, mask_k, left, right, scale,
-            D, A, B, MASK, LEFT, RIGHT, False, False, BLOCK_Q, BLOCK_K, STAGES,
-        )  # fmt: skip
     acc_a, acc_b, total, top = walk(
         acc_a, acc_b, total, top, q_a, q_b, K, V, Order, Mask, whole_end, end, end, rows, mask_rows,
         k_row * UNIT, v_row * UNIT, mask_k, left, right, scale,

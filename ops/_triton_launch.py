@@ -20,13 +20,14 @@ from compiled_attn.spec import ALIGN_LOWER_RIGHT, CAUSAL
 from ._triton_backward import attention_dkv, attention_dq
 from ._triton_configs import choose, parts, target_of
 from ._triton_forward import attention_forward
-from ._triton_tiles import key_order
+from ._triton_tiles import compact, key_order
 
 # a window past this is open; positions stay far from 2^31
 _FAR = 1 << 30
 # row strides up to this keep the offsets inside a tile (256 rows at most) in 32 bits
 _MOST_STRIDE = 1 << 23
 _ORDER_BLOCK = 2048
+_COMPACT_BLOCK = 64
 
 
 class _Plan:
@@ -51,7 +52,10 @@ class _Plan:
             mask, key_padding = masks.combined(mask, key_padding, None), None
         self.mask, self.mask_kind = self.readable_mask(mask)
         self.gather = key_padding is not None
-        self.order, self.rank = (q, q) if key_padding is None else self.ordered(key_padding)
+        self.order, self.rank, self.real = q, q, (self.k, self.v)
+        if key_padding is not None:
+            self.order, self.rank = self.ordered(key_padding)
+            self.real = self.compacted()
         left, right = (-1, -1) if window is None else window
         if causal & CAUSAL:
             right = 0
@@ -91,7 +95,7 @@ class _Plan:
 
     def ordered(self, key_padding: Tensor) -> tuple[Tensor, Tensor]:
         order = torch.empty((self.batch, self.k_length), dtype=torch.int32, device=self.q.device)
-        rank = torch.empty((self.batch, self.k_length + 4), dtype=torch.int32, device=self.q.device)
+        rank = torch.empty((self.batch, self.k_length + 1), dtype=torch.int32, device=self.q.device)
         self.launch(
             key_order,
             (self.batch,),
@@ -104,6 +108,18 @@ class _Plan:
             num_warps=8,
         )
         return order, rank
+
+    def compacted(self) -> tuple[Tensor, Tensor]:
+        """Keys and values in their order, those that the mask leaves first: more memory, for time."""
+        head_dim = self.q.shape[-1]
+        k, v = (torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (self.k, self.v))
+        tiles = (self.k_length + _COMPACT_BLOCK - 1) // _COMPACT_BLOCK
+        self.launch(
+            compact, (tiles * self.key_heads * self.batch,), self.k, self.v, k, v, self.order, self.rank,
+            *self.strides(self.k), *self.strides(self.v), self.key_heads, self.k_length, tiles,
+            D=head_dim, WIDTH=1 << (head_dim - 1).bit_length(), UNIT=self.unit, BLOCK=_COMPACT_BLOCK, num_warps=4,
+        )  # fmt: skip
+        return k, v
 
     def tiles(self, length: int, block: int) -> tuple[int, int]:
         """Tiles of one head, and of them all."""
@@ -151,8 +167,8 @@ def forward(
     plan = _Plan(q, k, v, mask, key_padding, starts, causal, scale, window)
     out = q.new_empty(q.shape)
     lse = q.new_empty((*q.shape[:-3], plan.heads, plan.q_length), dtype=torch.float32) if return_lse else None
-    tensors = (plan.q, plan.k, plan.v, out, out if lse is None else lse, plan.mask, plan.order, plan.rank)
-    plan.run("forward", attention_forward, (*tensors, *plan.starts), (plan.q, plan.k, plan.v), LSE=return_lse)
+    tensors = (plan.q, *plan.real, out, out if lse is None else lse, plan.mask, plan.order, plan.rank)
+    plan.run("forward", attention_forward, (*tensors, *plan.starts), (plan.q, *plan.real), LSE=return_lse)
     return out, lse
 
 
@@ -165,10 +181,10 @@ def backward(
     grad = plan.readable(grad_out)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     rows = lse.new_empty((*lse.shape, 4))
-    inputs, strided = (plan.q, plan.k, plan.v), (plan.q, plan.k, plan.v, grad)
     places = (plan.mask, plan.order, plan.rank, *plan.starts)
-    plan.run("dq", attention_dq, (*inputs, out, grad, lse, rows, dq, *places), strided)
-    plan.run("dkv", attention_dkv, (*inputs, grad, rows, dk, dv, *places), strided)
+    plan.run("dq", attention_dq, (plan.q, *plan.real, out, grad, lse, rows, dq, *places), (plan.q, *plan.real, grad))
+    inputs = (plan.q, plan.k, plan.v)
+    plan.run("dkv", attention_dkv, (*inputs, grad, rows, dk, dv, *places), (*inputs, grad))
     if scale is not None and scale <= 0.0:
         dq = -dq if scale < 0.0 else dq * 0.0
         if scale == 0.0:

@@ -14,7 +14,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from compiled_attn import reference
 
 from .. import cli_table
 from ..cli_machine import machine
+from .timing import ceiling, milliseconds
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def main(arguments: argparse.Namespace) -> int:
         "command": shlex.join(["python", "-m", "compiled_attn", *sys.argv[1:]]),
         **machine(),
         "dtype": str(dtype).removeprefix("torch."),
-        "matmul_tflops": _ceiling(dtype, device),
+        "matmul_tflops": ceiling(dtype, device),
         "boundary_us": _boundary(dtype, device),
         "rows": rows,
     }
@@ -143,7 +144,7 @@ def _shape(
 
         error = _error(forward(), q, k, v, keep)
         with torch.no_grad():
-            ms = _milliseconds(forward, device, repeats)
+            ms = milliseconds(forward, device, repeats)
         if name == "native":
             native = ms
         yield {
@@ -173,7 +174,7 @@ def _training(
         out = compiled_attn.attention(q, k, v, key_padding_mask=keep, backend=name)
         return torch.autograd.grad(out, (q, k, v), upstream)
 
-    return _milliseconds(step, device, max(repeats // 2, 1))
+    return milliseconds(step, device, max(repeats // 2, 1))
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
@@ -188,33 +189,6 @@ def _error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) ->
     want, _ = reference.attention(q[:, rows][:, :, heads], k[:, :, heads], v[:, :, heads], key_padding_mask=keep)
     got = out.detach()[:, rows][:, :, heads].double()
     return float((got - want).norm() / want.norm())
-
-
-def _milliseconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median of ``repeats`` calls after three to warm up."""
-    for _ in range(3):
-        run()
-    times = []
-    if device.type == "cuda":
-        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-        for start, end in pairs:
-            start.record()
-            run()
-            end.record()
-        torch.cuda.synchronize()
-        times = [start.elapsed_time(end) for start, end in pairs]
-    else:
-        for _ in range(repeats):
-            began = time.perf_counter()
-            run()
-            times.append((time.perf_counter() - began) * 1e3)
-    return statistics.median(times)
-
-
-def _ceiling(dtype: torch.dtype, device: torch.device) -> float:
-    size = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    return 2 * size**3 / _milliseconds(lambda: a @ b, device, 10) / 1e9
 
 
 def _boundary(dtype: torch.dtype, device: torch.device) -> float:

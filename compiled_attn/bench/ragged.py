@@ -25,7 +25,7 @@ import compiled_attn
 
 from .. import cli_table
 from ..cli_machine import machine
-from .kernels import _ceiling, _milliseconds
+from .timing import ceiling, milliseconds
 
 # name: batch, query length, key length, heads, head_dim (docs/triton.md says whose they are)
 SHAPES = {
@@ -46,19 +46,23 @@ HEADS = {128: 24, 64: 32}
 HOLE = 200
 # FlexAttention compiles for 10 s a shape, so at two of them
 FLEX = ("flux", "sd35")
-PROVIDERS = ("triton", "_native_flash", "_native_cudnn", "flex")
+OURS = ("triton", "triton_hopper")
+TABLES = ("dense", "ragged", "masked")
+PROVIDERS = (*OURS, "_native_flash", "_native_cudnn", "flex")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``python -m compiled_attn bench ragged``."""
     parser.add_argument("--json", metavar="FILE", help="write the numbers, versions and machine to FILE too")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="default: all")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each variant (default: 20)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ours", choices=OURS, default=OURS[0], help="whose packed and masked calls (default: triton)")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Time everything and print it; on a CPU at tiny sizes, to see that it runs."""
-    device, repeats = torch.device(arguments.device), arguments.repeats
+    device, repeats, ours = torch.device(arguments.device), arguments.repeats, arguments.ours
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     shapes = SHAPES if on_gpu else {"tiny": (1, 64, 64, 2, 16)}
@@ -70,20 +74,22 @@ def main(arguments: argparse.Namespace) -> int:
     if not on_gpu:
         sets = {"tiny": (3, 9, 20)}
     dense, ragged, masked = [], [], []
-    for name, sizes in tqdm(shapes.items(), desc="dense", unit="shape"):
+    for name, sizes in tqdm(shapes.items() if "dense" in arguments.tables else (), desc="dense", unit="shape"):
         dense += list(_dense(name, sizes, dtype, device, repeats))
     widths = HEADS if on_gpu else {16: 2}
     for width, heads in widths.items():
-        for name, lengths in tqdm(sets.items(), desc=f"ragged {width}", unit="set"):
-            ragged.append(_ragged(name, lengths, heads, width, dtype, device, repeats))
-    for name, sizes in tqdm(shapes.items(), desc="masked", unit="shape"):
-        masked.append(_masked(name, sizes, dtype, device, repeats))
+        for name, lengths in tqdm(
+            sets.items() if "ragged" in arguments.tables else (), desc=f"ragged {width}", unit="set"
+        ):
+            ragged.append(_ragged(ours, name, lengths, heads, width, dtype, device, repeats))
+    for name, sizes in tqdm(shapes.items() if "masked" in arguments.tables else (), desc="masked", unit="shape"):
+        masked.append(_masked(ours, name, sizes, dtype, device, repeats))
     result: dict[str, Any] = {
         "benchmark": "ragged",
         "command": shlex.join(["python", "-m", "compiled_attn", *sys.argv[1:]]),
         **machine(),
         "dtype": str(dtype).removeprefix("torch."),
-        "matmul_tflops": _ceiling(dtype, device),
+        "matmul_tflops": ceiling(dtype, device),
         "dense": dense,
         "ragged": ragged,
         "masked": masked,
@@ -96,8 +102,10 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _print(result: dict[str, Any]) -> None:
     print(f"matrix product {result['matmul_tflops']:.0f} TFLOP/s; TFLOP/s below, backward without forward")
-    for table in ("dense", "ragged", "masked"):
+    for table in TABLES:
         rows = result[table]
+        if not rows:
+            continue
         heads = tuple(rows[0])
         cells = [tuple(_cell(row[head]) for head in heads) for row in rows]
         print(f"\n{table}\n" + cli_table.text(heads, cells))
@@ -114,12 +122,10 @@ def _cell(value: Any) -> str:
 def _both(run: Callable[[], Tensor], inputs: list[Tensor], device: torch.device, repeats: int) -> tuple[float, float]:
     """Milliseconds of forward and backward; ``inputs`` require gradients."""
     with torch.no_grad():
-        forward = _milliseconds(run, device, repeats)
+        forward = milliseconds(run, device, repeats)
     out = run()
     upstream = torch.randn_like(out)
-    return forward, _milliseconds(
-        lambda: torch.autograd.grad(out, inputs, upstream, retain_graph=True), device, repeats
-    )
+    return forward, milliseconds(lambda: torch.autograd.grad(out, inputs, upstream, retain_graph=True), device, repeats)
 
 
 def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -165,7 +171,14 @@ def _flex(inputs: list[Tensor], device: torch.device, repeats: int) -> tuple[flo
 
 
 def _ragged(
-    name: str, lengths: tuple[int, ...], heads: int, width: int, dtype: torch.dtype, device: torch.device, repeats: int
+    ours: str,
+    name: str,
+    lengths: tuple[int, ...],
+    heads: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     total, pairs = sum(lengths), sum(length * length for length in lengths)
@@ -180,8 +193,8 @@ def _ragged(
         q, k, v = inputs
         return lambda: compiled_attn.varlen_attention(q, k, v, starts, starts, longest, longest, backend=backend)
 
-    mine, theirs = (_both(packed(backend), inputs, device, repeats) for backend in ("triton_varlen", "_native_flash"))
-    own = _both(lambda: compiled_attn.attention(*equal, backend="triton"), equal, device, repeats)
+    mine, theirs = (_both(packed(backend), inputs, device, repeats) for backend in (ours, "_native_flash"))
+    own = _both(lambda: compiled_attn.attention(*equal, backend=ours), equal, device, repeats)
     flop, dense_flop = 4 * heads * width * pairs, 4 * heads * width * batch * length * length
     return {
         "set": name,
@@ -196,7 +209,7 @@ def _ragged(
 
 
 def _masked(
-    name: str, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, repeats: int
+    ours: str, name: str, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, repeats: int
 ) -> dict[str, Any]:
     """Time with a hole of 200 keys, and with every tenth key masked, over the time without a mask on as many keys."""
     batch, q_length, k_length, heads, width = sizes
@@ -210,8 +223,8 @@ def _masked(
         full = [query, *(_random(batch, k_length, heads, width, dtype=dtype, device=device) for _ in range(2))]
         left = int(keep[0].sum())
         short = [query, *(tensor.detach()[:, :left].contiguous().requires_grad_() for tensor in full[1:])]
-        triton = functools.partial(compiled_attn.attention, backend="triton")
-        masked = _both(functools.partial(triton, *full, key_padding_mask=keep), full, device, repeats)
-        plain = _both(functools.partial(triton, *short), short, device, repeats)
+        call = functools.partial(compiled_attn.attention, backend=ours)
+        masked = _both(functools.partial(call, *full, key_padding_mask=keep), full, device, repeats)
+        plain = _both(functools.partial(call, *short), short, device, repeats)
         row[what], row[f"{what}, backward"] = masked[0] / plain[0], masked[1] / plain[1]
     return row

@@ -1,7 +1,9 @@
-"""Microseconds of a Python call, on a machine that is not quiet.
+"""Time: microseconds of a Python call on a machine that is not quiet, milliseconds of a kernel.
 
-Variants take turns in short rounds, in an order drawn anew for each round, and are compared within the same round:
-what disturbs the machine for longer than a round disturbs them all alike. Medians over rounds are reported.
+:func:`measure` is for calls: variants take turns in short rounds, in an order drawn anew for each round, and are
+compared within the same round: what disturbs the machine for longer than a round disturbs them all alike. Medians
+over rounds are reported.
+:func:`milliseconds` is for kernels, by CUDA events where there are any.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -62,3 +66,30 @@ def measure(
                     times[name].append(elapsed / calls * 1e6)
             progress()
     return Times(times)
+
+
+def milliseconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median of ``repeats`` calls after three to warm up; on a CUDA device the GPU's time, by events."""
+    for _ in range(3):
+        run()
+    if device.type == "cuda":
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        for start, end in pairs:
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in pairs)
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(times)
+
+
+def ceiling(dtype: torch.dtype, device: torch.device) -> float:
+    """TFLOP/s of a large square matrix product: what no attention kernel can exceed."""
+    size = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2 * size**3 / milliseconds(lambda: a @ b, device, 10) / 1e9

@@ -1,0 +1,258 @@
+"""Host side of the Gluon kernel for sm_90: tensors to TMA descriptors, grids. Imports triton; only GPU calls need it.
+
+Nothing here reads a tensor's values. A descriptor is a kernel argument (128 bytes by value), so a CUDA graph keeps it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from compiled_attn.spec import ALIGN_LOWER_RIGHT, CAUSAL
+
+from ._hopper_forward import hopper_forward
+from ._hopper_plan import RECORD, gather_keys, key_blocks, tile_plan
+from ._triton_launch import _on
+
+ROWS = 64
+FAR = 1 << 30
+# a dimension that is never too short for FAR, and a stride that wraps FAR times itself to 0 (in elements of 2 bytes
+# and up)
+_LONG, _WRAP = 0x7FFF0000, 1 << 34
+# Bytes of keys and values of the heads worked on at a time, for causal calls: more than the 50 MB of L2, as balance
+# counts for more, less than what would be read from memory again and again.
+_TOGETHER = 64 << 20
+_PLAN_BLOCK = 128
+_KEY_BLOCK = 2048
+_COPY_ROWS, _COPY_COLUMNS = 8, 512
+
+
+@dataclass(frozen=True)
+class Config:
+    """Computing warpgroups (64 rows each), keys of a block, tiles of Q, blocks of K and of V in memory, registers
+    of a computing thread.
+
+    ``ordered``: the warpgroups take turns at the tensor cores. ``persistent``: a grid of one program a multiprocessor.
+    """
+
+    consumers: int
+    block_k: int
+    q_slots: int
+    k_slots: int
+    v_slots: int
+    registers: int
+    ordered: bool = False
+    persistent: bool = True
+
+    def constants(self) -> dict[str, Any]:
+        """What the kernel is compiled for, in the order of its parameters."""
+        return {
+            "CONSUMERS": self.consumers, "BLOCK_K": self.block_k, "Q_SLOTS": self.q_slots, "K_SLOTS": self.k_slots,
+            "V_SLOTS": self.v_slots, "REGISTERS": self.registers, "ORDERED": self.ordered,
+        }  # fmt: skip
+
+
+# head columns in shared memory -> configuration, and the one for causal masks and windows
+TABLE: dict[int, tuple[Config, Config]] = {
+    64: (Config(3, 128, 2, 3, 4, 160), Config(2, 128, 2, 3, 4, 240)),
+    128: (Config(2, 128, 2, 2, 3, 240, True), Config(2, 128, 2, 2, 3, 240, True)),
+    256: (Config(2, 64, 1, 2, 3, 240), Config(2, 64, 1, 2, 3, 240)),
+}
+
+
+def width_of(head_dim: int) -> int:
+    """Columns of a tile: what lies behind head_dim reads as zeros.
+
+    >>> [width_of(head_dim) for head_dim in (16, 64, 72, 256)]
+    [64, 64, 128, 256]
+    """
+    return next(width for width in TABLE if head_dim <= width)
+
+
+def choose(head_dim: int, positional: bool) -> Config:
+    """The configuration for a head_dim; ``positional``: with a causal mask or a window."""
+    return TABLE[width_of(head_dim)][int(positional)]
+
+
+@functools.cache
+def _processors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """``tensor``, copied unless TMA can read it: columns together, rows at multiples of 16 bytes, none expanded."""
+    *outer, columns = zip(tensor.shape, tensor.stride(), strict=True)
+    if (
+        (columns[1] == 1 or columns[0] == 1)
+        and tensor.data_ptr() % 16 == 0
+        and all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in outer)
+    ):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def layout(width: int) -> NVMMASharedLayout:
+    return NVMMASharedLayout(swizzle_byte_width=min(128, 2 * width), element_bitwidth=16, rank=5)
+
+
+def _descriptor(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """Tiles of ``rows`` rows of one head; see hopper_forward for the dimensions."""
+    shape = tensor.shape
+    # the stride of a dimension of one element is anything
+    strides = [8 if size == 1 else stride for size, stride in zip(shape, tensor.stride(), strict=True)]
+    if len(shape) == 3:
+        sizes = [_LONG, _LONG, shape[1], FAR, shape[2]]
+        steps = [_WRAP - strides[0], strides[0], strides[1], strides[0], 1]
+    else:
+        sizes = [1, shape[0], shape[2], shape[1], shape[3]]
+        steps = [8, strides[0], strides[2], strides[1], 1]
+    return TensorDescriptor(tensor, sizes, steps, [1, 1, 1, rows, width], layout(width))
+
+
+def folded(tensor: Tensor) -> Tensor:
+    """``tensor`` (B, S, H, D), copied unless (B, S) and (H, D) are one dimension each to its strides."""
+    (batch, length, _, head_dim), (of_batch, of_row, of_head, _) = tensor.shape, tensor.stride()
+    if (batch == 1 or of_batch == length * of_row) and (tensor.shape[2] == 1 or of_head == head_dim):
+        return tensor
+    return tensor.contiguous()
+
+
+class Listed:
+    """What the kernel reads of a key-padding mask: number and list of blocks of keys, and the rows to find them in: of
+    K and V (B * Sk, H, D), or of copies in which the real keys of a sequence are one behind the other.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, key_padding: Tensor, block_k: int) -> None:
+        batch, length, heads, head_dim = k.shape
+        k, v = folded(k), folded(v)
+        # what key_blocks lets through: see there
+        packed = -(-length // block_k)
+        self.room = packed + packed // 16 + 2
+        order, count, blocks = (
+            torch.empty(sizes, dtype=torch.int32, device=k.device)
+            for sizes in ((batch, length), (batch, 4), (batch, self.room, 2))
+        )
+        copies = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (k, v)]
+        index = k.device.index
+        _launch(
+            key_blocks, (batch, 1, 1), (key_padding, order, count, blocks, *key_padding.stride(), length, self.room),
+            {"BLOCK_K": block_k, "BLOCK": _KEY_BLOCK}, 8, index,
+        )  # fmt: skip
+        _launch(
+            gather_keys, (-(-length // _COPY_ROWS), batch, 1),
+            (k, v, *copies, order, count, blocks, *k.stride()[:2], *v.stride()[:2], length, self.room),
+            {"WIDTH": heads * head_dim, "BLOCK_K": block_k, "ROWS": _COPY_ROWS, "COLUMNS": _COPY_COLUMNS}, 4, index,
+        )  # fmt: skip
+        self.lists = (count, blocks)
+        self.key, self.value, *self.copies = (tensor.flatten(0, 1) for tensor in (k, v, *copies))
+
+
+def _form(argument: Any) -> Any:
+    """What Triton compiles in of an argument: dtype, alignment, the width of an integer."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype
+    return type(argument) if type(argument) is not int else -(1 << 31) <= argument < 1 << 31
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: dict[str, Any], warps: int,
+    index: int | None,
+) -> None:  # fmt: skip
+    """``kernel`` on the current stream; ``constants`` in the order of its parameters, which they end.
+
+    Triton finds the compiled form of a call by its arguments, in 0.1 ms and more where TMA descriptors are among them.
+    Here what the form depends on is known; no integer is specialised.
+    """
+    key = (kernel, index, *map(_form, arguments), *constants.values())
+    compiled = _compiled.get(key)
+    if compiled is None:
+        compiled = kernel[grid](*arguments, **constants, num_warps=warps)
+        if compiled is not None:  # by Triton's interpreter it is
+            _compiled[key] = compiled
+        return
+    compiled[grid](*arguments, *constants.values())
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, starts: Any, causal: int, scale: float | None,
+    window: Any, return_lse: bool, config: Config | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """out (B, Sq, H, D) and lse (B, H, Sq), or None; packed when ``starts`` is (cu_seqlens_q, cu_seqlens_k)."""
+    packed = starts is not None
+    q_length, heads, head_dim = q.shape[-3:]
+    k_length, key_heads = k.shape[-3:-1]
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((*q.shape[:-3], heads, q_length), dtype=torch.float32) if return_lse else None
+    if out.numel() == 0 or k.numel() == 0:
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-math.inf)
+        return out, lse
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    if scale <= 0.0:  # the maximum of a row is found before it is scaled
+        q, scale = (-q, -scale) if scale < 0.0 else (q * 0.0, 1.0)
+    q, k, v = (readable(tensor) for tensor in (q, k, v))
+    left, right = (-1, -1) if window is None else window
+    if causal & CAUSAL:
+        right = 0
+    left, right = min(left, FAR), min(right, FAR)
+    width = width_of(head_dim)
+    if config is None:
+        config = choose(head_dim, left >= 0 or right >= 0)
+    block_q = config.consumers * ROWS
+    together = 1
+    if right >= 0:
+        together = max(_TOGETHER // (4 * max(k_length, 1) * width), 1)
+    listed, copies, lists, room = None, [None, None], (out, out), 0
+    with _on(q.device):
+        if key_padding is not None:
+            listed = Listed(k, v, key_padding, config.block_k)
+            k, v, lists, room = listed.key, listed.value, listed.lists, listed.room
+        if packed:
+            batch = starts[0].shape[0] - 1
+            tiles = q_length // block_q + batch + 1
+            turns = tiles * heads
+            plan = torch.empty((tiles, RECORD), dtype=torch.int32, device=q.device)
+            _launch(
+                tile_plan, (batch + 1, 1, 1), (*starts, plan, batch, q_length, k_length, tiles),
+                {"BLOCK_Q": block_q, "BLOCK": _PLAN_BLOCK}, 4, q.device.index,
+            )  # fmt: skip
+            together = min(together, heads)
+        else:
+            batch = q.shape[0]
+            tiles = -(-q_length // block_q)
+            turns = tiles * heads * batch
+            plan = out
+            together = min(together, heads * batch)
+        programs = min(turns, _processors(q.device.index)) if config.persistent else turns
+        rows = [_descriptor(tensor, config.block_k, width) for tensor in (k, v)]
+        if listed is not None:
+            copies = [_descriptor(tensor, config.block_k, width) for tensor in listed.copies]
+        _launch(
+            hopper_forward, (programs, 1, 1),
+            (
+                _descriptor(q, ROWS, width), *rows, *copies, _descriptor(out, ROWS, width), out if lse is None else lse,
+                plan, *lists, room, turns, tiles, heads, batch, q_length, k_length, together, left, right,
+                scale * math.log2(math.e), 0,
+            ),
+            {
+                "GROUP": heads // key_heads, "LEFT": left >= 0, "RIGHT": right >= 0,
+                "LOWER_RIGHT": bool(causal & ALIGN_LOWER_RIGHT), "VARLEN": packed, "LISTED": listed is not None,
+                "LSE": return_lse, "WIDTH": width, **config.constants(),
+            },
+            4, q.device.index,
+        )  # fmt: skip
+    return out, lse

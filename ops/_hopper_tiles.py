@@ -1,0 +1,189 @@
+"""What the warpgroups of the kernel for sm_90 share: where a turn works, which keys its rows see, and the loading one.
+
+Gluon functions only; see _hopper_forward.py for the words.
+"""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+# rows of one computing warpgroup: its matrix instruction has 64
+ROWS = gl.constexpr(64)
+# Two leading dimensions make a TMA descriptor end where a sequence ends: FAR in the first and the end of the sequence
+# in the second cancel (addresses wrap at 2^64) against FAR - length + row in the dimension of rows, which is FAR long.
+# What lies behind reads as zeros, NaN of a neighbour included, and is not written.
+FAR = gl.constexpr(1 << 30)
+
+
+@gluon.jit
+def place_of(program, Plan, sizes, RIGHT: gl.constexpr, VARLEN: gl.constexpr, BLOCK_Q: gl.constexpr):
+    """Where turn ``program`` works: batch, head, first row, first row of the sequence among the packed, rows and keys
+    of the sequence; of Q and of K the outer and inner coordinates that row 0 has in their descriptors.
+
+    ``together`` heads take turns at a tile number, so that the longest tiles come first and their keys stay in L2.
+    """
+    tiles, heads, batch, q_length, k_length, together = sizes
+    if VARLEN:
+        record = Plan + (program // heads) * 8
+        first_tile = gl.load(record)
+        tiles = gl.load(record + 1)
+        q_begin = gl.load(record + 2)
+        q_length = gl.load(record + 3)
+        k_begin = gl.load(record + 4)
+        k_length = gl.load(record + 5)
+        program -= first_tile * heads
+        every = heads
+    else:
+        every = batch * heads
+    size = tiles * together
+    of_group = program // size
+    turn = program - of_group * size
+    wide = gl.minimum(together, every - of_group * together)
+    tile = turn // wide
+    head = of_group * together + turn - tile * wide
+    if RIGHT:
+        tile = tiles - 1 - tile  # the longest rows first
+    first = tile * BLOCK_Q
+    if VARLEN:
+        number = 0
+        q_from = q_begin
+        q_outer, q_inner = q_begin + q_length, FAR - q_length
+        k_outer, k_inner = k_begin + k_length, FAR - k_length
+    else:
+        number = head // heads
+        head -= number * heads
+        q_from = 0
+        q_outer, q_inner = number, 0
+        k_outer, k_inner = number, 0
+    return number, head, first, q_from, q_length, k_length, q_outer, q_inner, k_outer, k_inner
+
+
+@gluon.jit
+def turn_of(round):
+    """The turn that this program takes in ``round``: there and back over the programs, so that who begins with a long
+    one ends with a short one.
+    """
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    return round * programs + gl.where(round % 2 == 0, program, programs - 1 - program)
+
+
+@gluon.jit
+def keys_of(
+    first, q_length, k_length, left, right,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """What the rows from ``first`` on see: first key, end, shift, number of blocks; and of blocks, counted from the
+    last one, where those without tests begin and end. Row i sees keys i + shift - left to i + shift + right.
+    """
+    shift = 0
+    if LOWER_RIGHT:
+        shift = k_length - q_length
+    last = gl.minimum(first + BLOCK_Q, q_length) - 1
+    begin = 0
+    end = k_length
+    whole_end = k_length
+    if RIGHT:
+        end = gl.minimum(gl.maximum(last + shift + right + 1, 0), k_length)
+        whole_end = gl.minimum(gl.maximum(first + shift + right + 1, 0), k_length)
+    if LEFT:
+        begin = gl.minimum(gl.maximum(first + shift - left, 0), end)
+    # a tile that sees nothing walks over one block of hidden keys
+    blocks = gl.maximum((end - begin + BLOCK_K - 1) // BLOCK_K, 1)
+    plain_begin = blocks - gl.minimum(gl.maximum(whole_end - begin, 0) // BLOCK_K, blocks)
+    plain_end = blocks
+    if LEFT:
+        whole_begin = gl.minimum(gl.maximum(last + shift - left, 0), end)
+        plain_end = gl.maximum(blocks - (whole_begin - begin + BLOCK_K - 1) // BLOCK_K, plain_begin)
+    return begin, end, shift, blocks, plain_begin, plain_end
+
+
+@gluon.jit
+def copy_in(
+    tensor, copies, at, full, slot, copied,
+    LISTED: gl.constexpr, BLOCK_K: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """One block of keys or values, of ``tensor`` or of what gather_keys made of it, on its way to ``slot``."""
+    mbarrier.expect(full, tensor.block_type.nbytes)
+    target = slot._reinterpret(tensor.dtype, [1, 1, 1, BLOCK_K, WIDTH], tensor.layout)
+    if LISTED:
+        tma.async_copy_global_to_shared(tensor, at, full, target, pred=copied == 0)
+        tma.async_copy_global_to_shared(copies, at, full, target, pred=copied != 0)
+    else:
+        tma.async_copy_global_to_shared(tensor, at, full, target)
+
+
+@gluon.jit
+def produce(
+    q_rows, k_rows, v_rows, k_copies, v_copies, slots, barriers, tables, room, turns, sizes, left, right,
+    GROUP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, VARLEN: gl.constexpr,
+    LISTED: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, Q_SLOTS: gl.constexpr,
+    K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """The loading warpgroup: Q of each turn, then K one block ahead of V, as their slots are set free in that order."""
+    BLOCK_Q: gl.constexpr = CONSUMERS * ROWS
+    q_tile: gl.constexpr = [1, 1, 1, ROWS, WIDTH]
+    q_slots, k_slots, v_slots = slots
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, _order = barriers
+    Plan, Count, Blocks = tables
+    done = 0
+    taken = 0
+    for round in range((turns + gl.num_programs(0) - 1) // gl.num_programs(0)):
+        program = turn_of(round)
+        number, head, first, _q_from, q_rest, k_rest, q_outer, q_inner, k_outer, k_inner = place_of(
+            gl.minimum(program, turns - 1), Plan, sizes, RIGHT, VARLEN, BLOCK_Q
+        )
+        if (program < turns) & (first < q_rest):
+            begin, _end, _shift, blocks, _plain_begin, _plain_end = keys_of(
+                first, q_rest, k_rest, left, right, LEFT, RIGHT, LOWER_RIGHT, BLOCK_Q, BLOCK_K
+            )
+            leading = 0
+            if VARLEN:
+                leading = FAR
+            k_leading = leading
+            copied = 0
+            Listed = Blocks
+            if LISTED:
+                k_leading = FAR
+                Listed = Blocks + number * room * 2
+                blocks = gl.load(Count + number * 4)
+                copied = gl.load(Count + number * 4 + 2)
+            key_head = head // GROUP
+            place = k_inner + begin
+            q_slot = (taken % Q_SLOTS) * CONSUMERS
+            for part in gl.static_range(CONSUMERS):
+                mbarrier.wait(q_empty.index(q_slot + part), ((taken // Q_SLOTS) & 1) ^ 1)
+                mbarrier.expect(q_full.index(q_slot + part), q_rows.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    q_rows, [leading, q_outer, head, q_inner + first + part * ROWS, 0], q_full.index(q_slot + part),
+                    q_slots.index(q_slot + part)._reinterpret(q_rows.dtype, q_tile, q_rows.layout),
+                )  # fmt: skip
+            for step in range(blocks + 1):
+                # Rows are computed from the step: of two names of one value before a loop Triton 3.6 and 3.7 carry one.
+                if step < blocks:
+                    row = place + (blocks - 1 - step) * BLOCK_K
+                    if LISTED:
+                        k_outer = gl.load(Listed + 2 * (blocks - 1 - step) + 1)
+                        row = FAR - k_outer + gl.load(Listed + 2 * (blocks - 1 - step))
+                    slot = (done + step) % K_SLOTS
+                    mbarrier.wait(k_empty.index(slot), (((done + step) // K_SLOTS) & 1) ^ 1)
+                    copy_in(
+                        k_rows, k_copies, [k_leading, k_outer, key_head, row, 0], k_full.index(slot),
+                        k_slots.index(slot), copied, LISTED, BLOCK_K, WIDTH,
+                    )  # fmt: skip
+                if step > 0:
+                    row = place + (blocks - step) * BLOCK_K
+                    if LISTED:
+                        k_outer = gl.load(Listed + 2 * (blocks - step) + 1)
+                        row = FAR - k_outer + gl.load(Listed + 2 * (blocks - step))
+                    slot = (done + step - 1) % V_SLOTS
+                    mbarrier.wait(v_empty.index(slot), (((done + step - 1) // V_SLOTS) & 1) ^ 1)
+                    copy_in(
+                        v_rows, v_copies, [k_leading, k_outer, key_head, row, 0], v_full.index(slot),
+                        v_slots.index(slot), copied, LISTED, BLOCK_K, WIDTH,
+                    )  # fmt: skip
+            done += blocks
+            taken += 1
