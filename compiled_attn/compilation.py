@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import inspect
-import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import registry
+from .sources import fingerprint, others
 from .state import attention_backend, pin_of, pin_put_back, recompute, set_attention_backend
 
 # torch's own limit is 8 graphs for each function; there are more backends than that.
@@ -73,12 +72,17 @@ def precompile(model: Any, backends: Iterable[str], *args: Any, **kwargs: Any) -
                 model(*args, **kwargs)
 
 
-def checkpoint_context_fn() -> tuple[Any, Any]:
+def checkpoint_context_fn(policy: Any = None) -> tuple[Any, Any]:
     """``context_fn`` for ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``.
 
     Eager: the recomputation, which happens inside backward and outside every ``with`` of the forward, runs the backend
-    that the forward ran. Compiled: a selective-checkpoint policy that keeps the outputs of ``switch`` instead of
-    recomputing it, as it could not know its backend; all else is recomputed.
+    that the forward ran. Compiled: the outputs of ``switch`` are kept instead of recomputed, as the recomputation could
+    not know its backend.
+
+    ``policy`` says what else is kept, as for ``torch.utils.checkpoint.create_selective_checkpoint_contexts``: a list of
+    operators, or a function ``(ctx, op, *args, **kwargs) -> CheckpointPolicy``; pass it with ``functools.partial``. Our
+    operators are ``torch.ops.compiled_attn.<backend>.v1``; composite backends (PyTorch's own) appear as the operators
+    of aten that they are made of. Without it all else is recomputed.
 
     >>> import torch, compiled_attn
     >>> from torch.utils.checkpoint import checkpoint
@@ -93,39 +97,55 @@ def checkpoint_context_fn() -> tuple[Any, Any]:
     if torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None:
         from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-        return create_selective_checkpoint_contexts(_policy)
-    return contextlib.nullcontext(), recompute()
+        return create_selective_checkpoint_contexts(functools.partial(_policy, policy))
+    if policy is None:
+        return contextlib.nullcontext(), recompute()
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    forward, backward = create_selective_checkpoint_contexts(policy)
+    return forward, _Both(backward, recompute())
 
 
-def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+def _policy(policy: Any, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
     from torch.utils.checkpoint import CheckpointPolicy
 
-    runtime = (torch.ops.compiled_attn.switch.v1, torch.ops.compiled_attn.switch_varlen.v1)
-    return CheckpointPolicy.MUST_SAVE if op in runtime else CheckpointPolicy.PREFER_RECOMPUTE
+    if op in (torch.ops.compiled_attn.switch.v1, torch.ops.compiled_attn.switch_varlen.v1):
+        return CheckpointPolicy.MUST_SAVE
+    if callable(policy):
+        return policy(ctx, op, *args, **kwargs)
+    return CheckpointPolicy.MUST_SAVE if op in (policy or ()) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-@functools.cache
-def fingerprint() -> str:
-    """Hash of this package's sources: what we decide inside a graph is not in the keys of PyTorch's caches."""
-    digest = hashlib.sha256()
-    root = pathlib.Path(__file__).parent
-    for folder in (root, root / "ops"):
-        for path in sorted(folder.glob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+class _Both:
+    """Two context managers as one that can be entered again: torch does, for a second backward."""
+
+    def __init__(self, *both: Any) -> None:
+        self.both = both
+
+    def __enter__(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for one in self.both:
+                stack.enter_context(one)
+            self.stack = stack.pop_all()
+
+    def __exit__(self, *exc: Any) -> None:
+        self.stack.__exit__(*exc)
 
 
 def mark_caches() -> None:
     """Put our fingerprint into the key of PyTorch's on-disk compile caches, beside what the user has there.
 
     Without it a warm cache runs old code after an upgrade (reproduced on torch 2.13: pytorch #144344, #160472). Done at
-    import, and again by ``compile`` and ``package``, in case the key was assigned in between.
+    import, and again whenever a call is traced and by ``package``: the key may have been assigned in between, or a
+    backend registered whose code compilers look into.
     """
     config = torch.compiler.config
     parts = [part for part in config.cache_key_tag.split(";") if part and not part.startswith(_TAG)]
-    wanted = ";".join([*parts, _TAG + fingerprint()])
+    wanted = ";".join([*parts, _TAG + fingerprint() + others()])
     if config.cache_key_tag != wanted:
         config.cache_key_tag = wanted
 
 
+# as torch.compiler.assume_constant_result does: Dynamo calls it when it traces a call, before any key is made
+mark_caches._dynamo_marked_constant = True  # type: ignore[attr-defined]
 mark_caches()

@@ -6,13 +6,14 @@ are remembered in eager mode only.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import checks, masks, registry
+from .compilation import mark_caches
 from .registry import BACKENDS, Entry, served
 from .spec import ALIGN_LOWER_RIGHT, CAUSAL, LOWER_RIGHT, UPPER_LEFT, Call
 from .state import SWITCH, _local, origin
@@ -260,6 +261,11 @@ def _dense(
     backend: str | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
+    if type(query) is not Tensor and type(query).__name__ == "DTensor":
+        return _on_dtensors(0)(
+            query, key, value, attn_mask, key_padding_mask, dropout_p, is_causal, alignment, scale, gqa, window_size,
+            deterministic, backend, return_lse,
+        )  # fmt: skip
     compiling = torch.compiler.is_compiling()
     entry = _entry(backend, compiling)
     if dropout_p == NO_DROPOUT:
@@ -283,6 +289,7 @@ def _dense(
         False,
     )  # fmt: skip
     if compiling:
+        mark_caches()
         registry.check(entry, facts(query, key, value, options, False))
     else:
         seen = (
@@ -332,6 +339,11 @@ def _varlen(
     backend: str | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
+    if type(query) is not Tensor and type(query).__name__ == "DTensor":
+        return _on_dtensors(1)(
+            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, is_causal, alignment,
+            scale, gqa, window_size, deterministic, backend, return_lse,
+        )  # fmt: skip
     compiling = torch.compiler.is_compiling()
     entry = _entry(backend, compiling)
     if dropout_p == NO_DROPOUT:
@@ -351,6 +363,7 @@ def _varlen(
         same_lengths,
     )  # fmt: skip
     if compiling:
+        mark_caches()
         registry.check(entry, facts(query, key, value, options, True))
     else:
         seen = (
@@ -386,6 +399,14 @@ def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
     Flash kernels and cuDNN's scale the maximum of a row after they found it: NaN for a scale of 0 or -1 (H200).
     """
     return (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
+
+
+def _on_dtensors(packed: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    if registry.distributed is None:
+        raise NotImplementedError(
+            "query is a DTensor; call compiled_attn.integrations.dtensor.install() once, or pass query.to_local()"
+        )
+    return registry.distributed[packed]
 
 
 def _entry(backend: str | None, compiling: bool) -> Entry:

@@ -36,7 +36,7 @@ from .operators import NAMESPACE
 from .retarget import nodes
 from .retarget import retarget as retarget
 from .spec import report
-from .state import active_backend, attention_backend, pin_of, unwrapped
+from .state import active_backend, attention_backend, is_pinned, pin_of, unwrapped
 
 
 def package(
@@ -126,7 +126,9 @@ def package(
 def load(path: str | os.PathLike[str], device: str | torch.device | None = None) -> LoadedPackage:
     """The packaged model as a callable, on ``device`` (None: the current one of the type it was compiled for).
 
-    A package with ``switch`` follows the backend of the calling thread's context, else the process default.
+    A package with ``switch`` follows the backend of the calling thread's context, else the process default. Loads what
+    the package's operators need in Python: for a backend of the Hub (``..._hub``) that downloads the kernel, unless it
+    is in the cache or HF_HUB_OFFLINE is set, and runs its code. Calls never do.
 
     Raises:
         ValueError: as :func:`manifest`; also when a file inside is damaged.
@@ -249,7 +251,7 @@ def _chosen(model: nn.Module, backend: str | None) -> str:
 def _named_arguments(model: nn.Module) -> Iterator[None]:
     """A pinned ``forward`` shows (*args, **kwargs), but dynamic_shapes and inputs go by the names it hides."""
     forward = vars(model).get("forward")
-    if pin_of(model) is None or not isinstance(forward, functools.partial):
+    if forward is None or not is_pinned(forward) or pin_of(model) is None:
         yield
         return
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
-from . import flops
+from . import flops, transforms
 from .spec import ALIGN_LOWER_RIGHT, CAUSAL, LOWER_RIGHT, UPPER_LEFT, Call
 
 NAMESPACE = "compiled_attn"
@@ -258,62 +258,78 @@ def _define_backward(base: str, kernels: Kernels, varlen: bool) -> None:
     torch.library.register_fake(qualified, fake, lib=_library)
     if kernels.inlined:
         _inline(qualified, _without_autocast(run))
-    torch.library.register_autograd(qualified, _refuse_double_backward(base), lib=_library)
     flops.register(name, varlen, backward=True)
 
     forward = getattr(getattr(torch.ops.compiled_attn, base), VERSION)
     operator = getattr(getattr(torch.ops.compiled_attn, name), VERSION)
     structure, length = 3 + _STRUCTURE[varlen], _LENGTH[varlen]
+    for one, rule in ((forward, transforms.forward_rule), (operator, transforms.backward_rule)):
+        mapped = rule(one, base, varlen, _STRUCTURE[varlen])
+        _library.impl(f"{one._opname}.{VERSION}", mapped, "FuncTorchBatched", with_keyset=True)
 
     no_backward = None
     if backward is None:
         no_backward = f"backend '{base}' is inference-only: call it under torch.no_grad()"
-    without_lse = (
-        f"compiled_attn::{base} was called with return_lse=False, but its backward needs lse; "
-        "call compiled_attn.attention, which decides it"
-    )
 
     class Formula(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Result:  # type: ignore[override]
-            with torch._C._AutoDispatchBelowAutograd():
-                out, lse, state = forward.redispatch(keyset & torch._C._after_autograd_keyset, *args)
             if len(args) < length:
                 args = _complete(args, varlen)
-            ctx.mark_non_differentiable(lse, state)
+            asked = args[-1]
+            if not asked and backward is not None:
+                args = (*args[:-1], True)  # raw calls, and torch.func, whose tensors do not say what they want
+            out, lse, state = transforms.below_autograd(forward, keyset, args)
+            given = lse if asked or backward is None else lse.new_empty(0)
+            ctx.mark_non_differentiable(given, state)
             ctx.set_materialize_grads(False)
-            ctx.no_backward = no_backward if backward is None or args[-1] else without_lse
             # the structure is tensors or None, and, packed, the two max_seqlen behind them
             ctx.save_for_backward(*args[:5], out, lse, state)
             ctx.lengths = args[5:structure]
             ctx.options = args[structure:-1]
-            return out, lse, state
+            return out, given, state
 
         @staticmethod
         def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
-            if ctx.no_backward is not None:
-                raise RuntimeError(ctx.no_backward)
-            gradients: list[Any] = [None] * (1 + length)  # the first is the keyset's
+            if no_backward is not None:
+                raise RuntimeError(no_backward)
+            wanted = ctx.needs_input_grad  # of the keyset, then of the arguments that were given
+            gradients: list[Any] = [None] * (1 + length)
             if grad_out is None:
-                return tuple(gradients)
+                return tuple(gradients[: len(wanted)])
             *tensors, out, lse, state = ctx.saved_tensors
-            mask_gradient = not varlen and ctx.needs_input_grad[4]
+            mask_gradient = not varlen and len(wanted) > 4 and wanted[4]
             gradients[1:5] = operator(grad_out, *tensors, *ctx.lengths, out, lse, state, *ctx.options, mask_gradient)
             if not mask_gradient:
                 gradients[4] = None
-            return tuple(gradients)
+            return tuple(gradients[: len(wanted)])
 
-    shown = Formula._backward_cls  # by grad_fn, the profiler and the errors of autograd
-    shown.__name__ = shown.__qualname__ = name
+    class NoDoubleBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:  # type: ignore[override]
+            return transforms.below_autograd(operator, keyset, args)
 
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            raise NotImplementedError(
+                f"compiled_attn::{base} has no double backward; use backend '_native_math' for second derivatives"
+            )
+
+    for one, function, title in ((forward, Formula, name), (operator, NoDoubleBackward, f"{name}_backward")):
+        shown = function._backward_cls  # type: ignore[attr-defined]  # by grad_fn, the profiler and autograd's errors
+        shown.__name__ = shown.__qualname__ = title
+        _library.impl(f"{one._opname}.{VERSION}", _autograd_kernel(one, function), "Autograd", with_keyset=True)
+
+
+def _autograd_kernel(operator: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> Callable[..., Any]:
     # torch.library.register_autograd does the same in 60 us a call that wants a gradient, where this takes 25
-    def autograd(keyset: Any, *args: Any) -> Result:
+    def kernel(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Formula.apply(keyset, *args)  # type: ignore[no-any-return, no-untyped-call]
+            return transforms.apply(function, keyset, *args)
         with torch._C._AutoDispatchBelowAutograd():
-            return forward.redispatch(keyset & torch._C._after_autograd_keyset, *args)  # type: ignore[no-any-return]
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    _library.impl(f"{base}.{VERSION}", autograd, "Autograd", with_keyset=True)
+    return kernel
 
 
 def _inline(qualified: str, run: Callable[..., Any]) -> None:
@@ -332,12 +348,3 @@ def _inline(qualified: str, run: Callable[..., Any]) -> None:
             return run(*args, **kwargs)
 
     torch.library.register_torch_dispatch(qualified, FunctionalTensorMode, rule, lib=_library)
-
-
-def _refuse_double_backward(base: str) -> Callable[..., Any]:
-    def refuse(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            f"compiled_attn::{base} has no double backward; use backend '_native_math' for second derivatives"
-        )
-
-    return refuse

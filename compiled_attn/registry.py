@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import operators
+from . import operators, sources
 from .operators import Kernels
 from .packages import Package
 from .spec import Call, Limits, mistakes, reasons, report
@@ -41,6 +41,9 @@ class Backend:
     ``switchable=False`` keeps it from being chosen by ``switch``, as does a ``state`` (``Kernels.fake_state``) that is
     not empty without dropout: switch brings its own.
 
+    ``fastest(call)``, asked of calls that it can serve, says that no other backend without a package of its own was
+    measured to have a faster forward there; ``explain`` names it.
+
     ``delegate`` names the backend that serves a call at run time (used by ``switch``, whose backward must know).
 
     >>> import compiled_attn
@@ -60,6 +63,7 @@ class Backend:
     traced: Callable[..., Any] | None = None
     takes_traced: Callable[[Call], bool] | None = None
     delegate: Callable[..., str] | None = None
+    fastest: Callable[[Call], bool] | None = None
     switchable: bool = True
     partner: str | None = None
     packed: bool = False
@@ -91,6 +95,9 @@ _SERVED_AT_MOST = 4096
 
 # Checks of values are added to every call while this is true; compiled_attn.set_checks writes it.
 checks_enabled = False
+
+# The dense and the packed call on DTensors; compiled_attn.integrations.dtensor.install() writes them.
+distributed: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
 
 def register_backend(backend: Backend) -> None:
@@ -147,6 +154,10 @@ def register_backend(backend: Backend) -> None:
     dense, varlen = backend.dense, backend.varlen
     if packed_op is None and varlen is not None:
         packed_op = operators.define(bases[1], varlen, varlen=True)
+    for kernels in (dense, varlen):
+        if kernels is not None and (kernels.composite or kernels.inlined):
+            sources.note(kernels.forward)
+            sources.note(kernels.backward)
     BACKENDS[name] = Entry(
         backend,
         number=len(BACKENDS),

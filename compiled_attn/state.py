@@ -11,12 +11,15 @@ attributes in ``__init__`` (a class-level default is silently stale in compiled 
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import functools
 import os
 import threading
+import types
 import warnings
 import weakref
 from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -230,8 +233,11 @@ _PIN = "_compiled_attn_pin"  # the backend in force on this module
 _OWN = "_compiled_attn_own_pin"  # set on this module itself, not on a parent
 _FROM_PARENT = "_compiled_attn_parent_pin"
 _UNPROVEN = "_compiled_attn_unproven"
-# Our `forward`, kept when a pin is removed: Dynamo guards the object, and the same one again finds the old graphs.
-_FORWARD = "_compiled_attn_forward"
+# What the instance's forward was before (None: the class's), and the class's. The pinned one is a bound method of one
+# function: that function is what Dynamo guards. Any other object it guards as that object, so that each of fifty equal
+# blocks would compile a graph of its own.
+_ORIGINAL = "_compiled_attn_original"
+_OF_CLASS = "_compiled_attn_of_class"
 
 
 def set_attention_backend(module: nn.Module, name: str) -> None:
@@ -340,32 +346,53 @@ def _spread(module: nn.Module, from_parent: str | None) -> None:
 def _install(module: nn.Module, pin: str | None) -> None:
     state = module.__dict__
     forward = state.get("forward")
-    ours = isinstance(forward, functools.partial) and forward.func is _pinned_forward
     if pin is not None:
         state[_PIN] = pin
-        if not ours:
-            kept = state.get(_FORWARD)
-            if kept is None or kept.args[1] is not forward:
-                # partial, not a closure or bound method: those do not pickle. The class's forward comes along as a
-                # plain function: Dynamo cannot look it up on a class marked allow_in_graph, as Diffusers' blocks are.
-                kept = state[_FORWARD] = functools.partial(_pinned_forward, module, forward, type(module).forward)
-            state["forward"] = kept
-        return
-    if ours:
-        assert forward is not None
-        original = forward.args[1]
-        if original is None:
-            del state["forward"]
-            state.pop(_PIN, None)
+        if is_pinned(forward):
+            return
+        # A plain function: Dynamo cannot look it up on a class marked allow_in_graph, as Diffusers' blocks are.
+        of_class = type(module).forward
+        if _OF_CLASS in state:  # others wrapped our forward, which still needs what it finds on the module
+            state["forward"] = functools.partial(_run_pinned, module, forward, of_class)
         else:
-            # what is under ours may call an older one of ours (others wrapped it): without a pin it passes through
+            state[_ORIGINAL], state[_OF_CLASS] = forward, of_class
+            state["forward"] = types.MethodType(_forward_for(of_class), module)
+    elif isinstance(forward, functools.partial) and is_pinned(forward):
+        state["forward"] = forward.args[1]
+        state[_PIN] = None
+    elif is_pinned(forward):
+        del state["forward"], state[_OF_CLASS], state[_PIN]
+        original = state.pop(_ORIGINAL)
+        if original is not None:
             state["forward"] = original
-            state[_PIN] = None
     elif _PIN in state:
-        state[_PIN] = None  # somebody wrapped our forward; without a pin it passes through
+        state[_PIN] = None  # others wrapped our forward; without a pin it passes through
 
 
-def _pinned_forward(module: nn.Module, original: Any, of_class: Any, *args: Any, **kwargs: Any) -> Any:
+def is_pinned(forward: Any) -> bool:
+    """Whether ``forward``, of an instance, is what a pin put there."""
+    if isinstance(forward, types.MethodType):
+        return any(forward.__func__ is one for one in _forwards.values())
+    return isinstance(forward, functools.partial) and forward.func is _run_pinned
+
+
+# By the forward of a class: Dynamo's limit of 8 graphs is for one code object, so that every class gets its own.
+_forwards: weakref.WeakKeyDictionary[Any, types.FunctionType] = weakref.WeakKeyDictionary()
+
+
+def _forward_for(of_class: Any) -> types.FunctionType:
+    found = _forwards.get(of_class)
+    if found is None:
+        code = _pinned_forward.__code__.replace(co_name=f"_pinned_forward_of_{of_class.__qualname__}")
+        found = _forwards[of_class] = types.FunctionType(code, globals())
+    return found
+
+
+def _pinned_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return _run_pinned(module, getattr(module, _ORIGINAL), getattr(module, _OF_CLASS), *args, **kwargs)
+
+
+def _run_pinned(module: nn.Module, original: Any, of_class: Any, *args: Any, **kwargs: Any) -> Any:
     forward = functools.partial(of_class, module) if original is None else original
     pin = getattr(module, _PIN)
     if pin is None:
@@ -395,9 +422,24 @@ def _pinned_forward(module: nn.Module, original: Any, of_class: Any, *args: Any,
             f"{type(module).__name__} is pinned to attention backend {pin!r}, but its forward made no "
             "compiled_attn call: the pin has no effect. Models of Diffusers reach this library through "
             "compiled_attn.integrations.diffusers.install().",
-            stacklevel=3,
+            stacklevel=4,
         )
     return result
+
+
+def _reduce_method(method: types.MethodType) -> tuple[Any, ...]:
+    """How pickle takes bound methods: by name, as ever, and ours, which no class has under any name, by ``_bound``."""
+    if is_pinned(method):
+        return _bound, (method.__self__,)
+    return getattr, (method.__self__, method.__func__.__name__)
+
+
+def _bound(module: nn.Module) -> types.MethodType:
+    return types.MethodType(_forward_for(type(module).forward), module)
+
+
+copyreg.pickle(types.MethodType, _reduce_method)  # type: ignore[arg-type]
+ForkingPickler.register(types.MethodType, _reduce_method)
 
 
 def _has_compiled_parts(module: nn.Module) -> bool:
