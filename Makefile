@@ -65,7 +65,7 @@ lint: $(READY)
 
 readme: $(READY)
 	$(PYTHON) -m compiled_attn list --markdown --write README.md
-	$(PYTHON) -m compiled_attn promises --markdown docs/promises.json docs/gpu/promises.json --write README.md
+	$(PYTHON) -m compiled_attn promises --markdown docs/promises.json docs/gpu/promises*.json --write README.md
 
 bench: $(READY)
 	mkdir -p out

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import compiled_attn
 from compiled_attn import demo, registry
+from compiled_attn.__main__ import main
 from compiled_attn.integrations import diffusers as integration
 from compiled_attn.operators import Kernels
 from compiled_attn.registry import Backend, register_backend
@@ -295,6 +296,31 @@ def test_demo_fails_when_a_number_is_wrong(tmp_path: Path, capsys: pytest.Captur
         "flux switch wrong_scale",
     ]
     assert "is over" in results["failures"][0]
+
+
+@pytest.mark.slow
+def test_benchmark_of_packages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "packages.json"
+    options = ("--device", "cpu", "--backends", "native", "_native_math", "--steps", "1", "--json", str(kept))
+    assert main(["bench", "packages", *options]) == 0
+    assert "_native_math" in capsys.readouterr().out
+    rows = {row["backend"]: row for row in json.loads(kept.read_text())["rows"]}
+    assert list(rows) == ["native", "_native_math"]
+    for row in rows.values():
+        assert row["python_free"] and row["bytes"] > 10_000 and 0.0 < row["error"] < 1e-6 > row["from_eager"]
+        assert set(row["own_kernels"]).isdisjoint(
+            *(other["own_kernels"] for other in rows.values() if other is not row)
+        )
+
+
+def test_the_demo_allows_8_bit_kernels_what_such_noise_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_rounding", lambda name: 0.02 if name == "_native_math" else 0.0)
+    subject = models.build("qwen", "cpu", torch.float32, real=False)
+    prepared = measure.prepare(subject, ["native", "_native_math"])
+    assert measure._bound(prepared, "native") == prepared.bound < 1e-5
+    # two calls of noise of 2 %, of which the residual stream keeps the larger part away from the output
+    assert 1e-4 < measure._bound(prepared, "_native_math") < 0.04
+    assert measure._bound(prepared, "_native_math") < prepared.visible["scale doubled"]
 
 
 def test_demo_fails_when_something_recompiles(

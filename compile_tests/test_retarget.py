@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import stand_in
 import torch
@@ -122,6 +124,81 @@ def test_a_kernel_for_some_lengths_only_is_refused_as_export_refuses_it(loaded, 
     other = compiled_attn.export.retarget(program, "native")
     longer = (torch.randn(3, 33, 4, 16), torch.rand(3, 33) > 0.3)
     torch.testing.assert_close(other.module()(*longer), program.module()(*longer))
+
+
+class Mixed(nn.Module):
+    """One call by FlexAttention's own node, one by an operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = compiled_attn.attention(x, x, x, is_causal=True, backend="flex")
+        return compiled_attn.attention(x, x, x, backend="native")
+
+
+def test_a_program_with_flexattention_beside_operators_is_refused_unless_it_may_stay():
+    x = torch.randn(1, 32, 2, 16)
+    with torch.no_grad():
+        program = torch.export.export(Mixed(), (x,), strict=True)
+    with pytest.raises(NotImplementedError, match="flex_attention: is FlexAttention's own operator") as refused:
+        compiled_attn.export.retarget(program, "_native_math")
+    assert "keep_flex=True" in str(refused.value)
+    other = compiled_attn.export.retarget(program, "_native_math", keep_flex=True)
+    assert names(other)[-1] == "compiled_attn::_native_math.v1"
+    assert "flex_attention" in [node.name for node in other.graph.nodes]
+    torch.testing.assert_close(other.module()(x), program.module()(x))
+
+
+class Training(nn.Module):
+    """A parameter wants a gradient, so that an opaque operator is asked for lse; ``read``: and somebody reads it."""
+
+    def __init__(self, read: bool) -> None:
+        super().__init__()
+        self.factor, self.read = nn.Parameter(torch.ones(())), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.factor
+        if not self.read:
+            return compiled_attn.attention(x, x, x)
+        out, lse = compiled_attn.attention_with_lse(x, x, x)
+        return out + lse.mean()
+
+
+def without_lse(*args):
+    assert args[-1] is False
+    out, _, state = stand_in.forward(*args)
+    return out, None, state
+
+
+compiled_attn.register_backend(
+    compiled_attn.Backend(
+        "tmp_without_lse",
+        "inference only, and no lse",
+        (dataclasses.replace(stand_in.LIMITS, lse=False, gradient=False),),
+        compiled_attn.Kernels(without_lse),
+    )
+)
+
+
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_lse_that_nobody_reads_stops_no_backend(read, loaded, tmp_path):
+    with compiled_attn.attention_backend("stand_in"):
+        program = torch.export.export(Training(read).eval(), (INPUTS[0],))
+    if loaded:
+        torch.export.save(program, tmp_path / "program.pt2")
+        program = torch.export.load(tmp_path / "program.pt2")
+    (call,) = (node for node in program.graph.nodes if getattr(node.target, "namespace", "") == NAMESPACE)
+    assert call.args[-1] is True
+    if read:
+        with pytest.raises(NotImplementedError, match="returns no lse"):
+            compiled_attn.export.retarget(program, "tmp_without_lse")
+        return
+    other = compiled_attn.export.retarget(program, "tmp_without_lse")
+    with torch.no_grad():
+        torch.testing.assert_close(other.module()(INPUTS[0]), program.module()(INPUTS[0]))
+    # one that has it is asked for it as before, and can train
+    trained = compiled_attn.export.retarget(program, "_native_math")
+    trained.module()(INPUTS[0]).sum().backward()
+    assert call.args[-1] is True
 
 
 def test_unknown_names_and_programs_without_calls_are_refused(program):

@@ -24,6 +24,8 @@ COMMANDS = {
 BENCHMARKS = {
     "kernels": ("bench.kernels", "every backend at the shapes of real models: error, time, ratio to native"),
     "ragged": ("bench.ragged", "our portable kernels: dense, packed and masked, beside PyTorch's own"),
+    "libraries": ("bench.libraries", "our operators beside the kernel libraries' own calls, and what a mask costs"),
+    "packages": ("bench.packages", "packages of real blocks: size, time to build and load, kernels that run"),
     "overhead": ("bench.overhead", "what our dispatch costs beside plain SDPA and Diffusers' dispatcher"),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -124,7 +123,7 @@ def _compared(outcome: Outcome, limits: Limits, tensors: list[Tensor], starts: d
     high = [tensor.cpu().double() for tensor in tensors]  # not every device has float64
     results = [
         _measured(kernel, tensors, starts, limits.gradient),
-        _measured(_plain_packed if outcome.varlen else _plain, tensors, starts, limits.gradient),
+        _measured(_plain_packed if outcome.varlen else reference.plain, tensors, starts, limits.gradient),
         _measured(exact, high, {name: of.cpu() for name, of in starts.items()}, limits.gradient),
     ]
     wrong = []
@@ -135,10 +134,10 @@ def _compared(outcome: Outcome, limits: Limits, tensors: list[Tensor], starts: d
             errors.append(None)
             plain.append(None)
             continue
-        found = [_verdict(*three, limits.rounding) for three in zip(actual, yardstick, right, strict=True)]
-        errors.append(max(error for error, _, _ in found))
-        plain.append(max(error for _, error, _ in found))
-        if not all(fine for _, _, fine in found):
+        found = [reference.judge(*three, limits.rounding) for three in zip(actual, yardstick, right, strict=True)]
+        errors.append(max(verdict.error for verdict in found))
+        plain.append(max(verdict.plain for verdict in found))
+        if any(verdict.wrong for verdict in found):
             wrong.append(f"{what} wrong")
     return replace(outcome, errors=tuple(errors), plain=tuple(plain), wrong=", ".join(wrong))
 
@@ -155,33 +154,12 @@ def _measured(call: Any, tensors: list[Tensor], starts: dict[str, Tensor], gradi
     return [(out.detach(),), None if lse is None else (lse.detach(),), gradients]
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention as plain PyTorch writes it, every step in the dtype of the inputs."""
-    q, k, v = (tensor.transpose(-3, -2) for tensor in (query, key, value))
-    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-    return (scores.softmax(-1) @ v).transpose(-3, -2), scores.logsumexp(-1)
-
-
 def _plain_packed(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> tuple[Tensor, Tensor]:
     starts = list(zip(STARTS_Q, STARTS_Q[1:], STARTS_K, STARTS_K[1:], strict=False))
-    results = [_plain(query[a:b], key[c:d], value[c:d]) for a, b, c, d in starts]
+    results = [reference.plain(query[a:b], key[c:d], value[c:d]) for a, b, c, d in starts]
     return torch.cat([out for out, _ in results]), torch.cat([lse for _, lse in results], -1)
-
-
-def _verdict(actual: Tensor, yardstick: Tensor, right: Tensor, rounding: float) -> tuple[float, float, bool]:
-    """Error, plain PyTorch's error, and whether the first is at most twice the second, or what ``rounding`` allows."""
-    if actual.shape != right.shape:
-        return math.inf, 0.0, False
-    actual, yardstick, right = actual.cpu(), yardstick.cpu(), right.cpu()
-    step = 4 * torch.finfo(actual.dtype).eps * (1.0 + float(right.abs().max()))
-    error, plainly = (float((tensor.double() - right).abs().max()) for tensor in (actual, yardstick))
-    fine = error <= 2.0 * plainly + step
-    if rounding and not fine:
-        size = float(right.pow(2).mean().sqrt())
-        fine = float((actual.double() - right).pow(2).mean().sqrt()) <= rounding * size
-    return error, plainly, fine
 
 
 def _row(outcome: Outcome) -> tuple[str, ...]:

@@ -163,30 +163,14 @@ def empty_causal_rows(mask: Tensor, q_length: int) -> Tensor:
     return ~seen[:, :, last].unsqueeze(-1)
 
 
-def compaction_index(key_padding: Tensor) -> tuple[Tensor, Tensor]:
-    """Order of the keys that brings the real ones to the front of each sequence, and their numbers.
-
-    ``key_padding`` (B, Sk) bool. Returns a flat int64 index (B * Sk,) into (B * Sk, ...) rows and int32 lengths (B,).
-    Shapes are static and the device is never waited for. ``index_select`` on flat rows moves K or V at the speed of a
-    copy; ``take_along_dim`` is 6-8 times slower (2x4608x24x128 bf16, CPU).
-    """
-    batch, length = key_padding.shape
-    lengths = key_padding.sum(1)
-    front = key_padding.cumsum(1) - 1
-    back = lengths[:, None] + (~key_padding).cumsum(1) - 1
-    start = torch.arange(batch, device=key_padding.device)[:, None] * length
-    target = (torch.where(key_padding, front, back) + start).flatten()
-    source = torch.arange(batch * length, device=key_padding.device)
-    return torch.zeros_like(source).scatter_(0, target, source), lengths.to(torch.int32)
-
-
 def packing(key_padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """How the real keys of a batch are packed behind one another, for libraries that take cu_seqlens.
 
     ``key_padding`` (B, Sk) bool. Returns ``source`` and ``target``, flat int64 (B * Sk,), and int32 cu_seqlens
     (B + 1,): ``rows.index_select(0, source)`` packs the B * Sk rows of K or V, those of masked keys last, and
     ``packed.index_select(0, target)`` brings them (or their gradients) back. No host sync, static shapes. Positions
-    change with it, so causal masks and windows do not survive.
+    change with it, so causal masks and windows do not survive. ``index_select`` on flat rows moves K or V at the speed
+    of a copy; ``take_along_dim`` is 6-8 times slower (2x4608x24x128 bf16, CPU).
     """
     flat = key_padding.flatten()
     front = flat.cumsum(0) - 1
@@ -208,6 +192,25 @@ def segments(cu_seqlens: Tensor, total: int) -> Tensor:
     """int64 (T,): the sequence that each packed row belongs to; rows behind the last one get the number B."""
     rows = torch.arange(total, device=cu_seqlens.device)
     return torch.bucketize(rows, cu_seqlens[1:].to(torch.int64), right=True)
+
+
+def behind(packed: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Bool (T,): rows of ``packed`` (T, ...) behind the last sequence, which most kernels never write."""
+    return torch.arange(packed.shape[0], device=packed.device) >= cu_seqlens[-1]
+
+
+def clear_behind(packed: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """``packed`` (T, H, D) with 0 in the rows behind the last sequence, in place."""
+    return packed.masked_fill_(behind(packed, cu_seqlens)[:, None, None], 0.0)
+
+
+def lonely(packed: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """Bool (T,): rows of ``packed`` behind the last sequence, or in one that has nothing on the other side.
+
+    ``own`` are the cu_seqlens of these rows, ``other`` those of the other side.
+    """
+    sequence, count = segments(own, packed.shape[0]), own.shape[0] - 1
+    return (sequence == count) | (other.diff() == 0)[sequence.clamp(max=count - 1)]
 
 
 def varlen_mask(

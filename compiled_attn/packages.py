@@ -86,6 +86,10 @@ class Package:
         except importlib.metadata.PackageNotFoundError:
             return None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # what was loaded stays here: modules cannot be copied or pickled, and another process looks for itself
+        return {field.name: self.__dict__[field.name] for field in dataclasses.fields(self)}
+
     def forget(self) -> None:
         """Look again at the next ``missing()`` or ``load()``: for tests, and after an installation."""
         self.__dict__.pop("loaded", None)
@@ -106,18 +110,44 @@ class Package:
         return list(self.__dict__.get("broken", []))
 
 
-def accepts(function: Callable[..., Any], name: str) -> bool:
+def parameters(function: Any, operator: Any = None) -> tuple[str, ...]:
+    """The names of the parameters of ``function``, a Python function or an operator: one of torch.ops or an overload.
+
+    ``operator`` tells them where ``function`` hides its own behind ``**kwargs``.
+
+    >>> import torch
+    >>> from compiled_attn.packages import parameters
+    >>> parameters(torch.ops.aten.t), parameters(lambda *args, **kwargs: 0, torch.ops.aten.mm.default)
+    (('self',), ('self', 'mat2'))
+    """
+    schema = _schema(function)
+    if schema is None:
+        signature = inspect.signature(function)
+        if operator is None or not any(one.kind == one.VAR_KEYWORD for one in signature.parameters.values()):
+            return tuple(signature.parameters)
+        schema = _schema(operator)
+    return tuple(argument.name for argument in schema.arguments)
+
+
+def _schema(operator: Any) -> Any:
+    return getattr(getattr(operator, "default", operator), "_schema", None)
+
+
+def accepts(function: Any, name: str) -> bool:
     """Whether ``function`` has a parameter called ``name`` (``**kwargs`` does not count: it swallows).
 
     >>> from compiled_attn.packages import accepts
     >>> accepts(sorted, "key"), accepts(sorted, "order")
     (True, False)
     """
-    return name in inspect.signature(function).parameters
+    return name in parameters(function)
 
 
-def require(module: Any, path: str, *parameters: str) -> Callable[..., Any]:
-    """``module.path``; :class:`Unfit` if it is not there, or does not take all ``parameters``.
+def require(module: Any, path: str, *needed: str, operator: Any = None) -> Callable[..., Any]:
+    """``module.path``; :class:`Unfit` if it is not there, or does not take all parameters ``needed``.
+
+    ``operator`` is as in :func:`parameters`. What a library wrapped into a torch.library.custom_op is unwrapped: our
+    own operator is round it already, and its dispatch costs 10 us a call.
 
     >>> import math
     >>> from compiled_attn.packages import require
@@ -129,7 +159,10 @@ def require(module: Any, path: str, *parameters: str) -> Callable[..., Any]:
         function = getattr(function, part, None)
     if function is None:
         raise Unfit(f"has no {path}")
-    lacking = [name for name in parameters if not accepts(function, name)]
-    if lacking:
-        raise Unfit(f"{path} takes no {', '.join(lacking)}")
+    function = getattr(function, "_init_fn", function)
+    if needed:
+        known = parameters(function, operator)
+        lacking = [name for name in needed if name not in known]
+        if lacking:
+            raise Unfit(f"{path} takes no {', '.join(lacking)}")
     return function  # type: ignore[no-any-return]

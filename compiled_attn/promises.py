@@ -23,13 +23,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import cli_table, registry
+from . import cli_table, reference, registry, watch
 from .cli_list import absences, fetched
 from .cli_machine import machine
 from .compilation import compile
 from .export import load, package
 from .operators import NAMESPACE
-from .reference import attention as exact
 from .state import SWITCH, attention_backend, set_attention_backend
 
 BEGIN = "<!-- promises:begin -->"
@@ -61,8 +60,10 @@ class Subject:
         info = registry.backend_info(backend)
         self.limits = next(limits for limits in info.limits if device in limits.devices)
         self.backend, self.device, self.traced = backend, device, info.traced is not None
+        assert info.dense is not None
+        self.kernels = info.dense
         self.operator = f"{NAMESPACE}::{info.operator_names()[0]}"
-        self.graphs: list[torch.fx.GraphModule] = []
+        self.inductor = watch.Inductor()
 
     def model(self, backend: str | None = None) -> nn.Module:
         model = Block().eval()
@@ -75,45 +76,53 @@ class Subject:
         return x.to(self.limits.dtypes[0]).to(self.device)
 
     def compiled(self, model: nn.Module, **options: Any) -> Any:
-        def count(graph: torch.fx.GraphModule, inputs: list[Any], **more: Any) -> Any:
-            self.graphs.append(graph)
-            return torch._inductor.compile(graph, inputs, options=more.get("options"))
-
         torch._dynamo.reset()
-        self.graphs.clear()
-        return compile(model, fullgraph=True, backend=count, **options)
+        self.inductor = watch.Inductor()
+        return compile(model, fullgraph=True, backend=self.inductor, **options)
 
     def check_graphs(self, number: int, operator: str | None = None) -> None:
-        assert len(self.graphs) == number, f"{len(self.graphs)} graphs, expected {number}"
+        graphs = self.inductor.graphs
+        assert len(graphs) == number, f"{len(graphs)} graphs, expected {number}"
         if not self.traced:
-            _check_operator(self.graphs[-1], operator or self.operator)
+            _check_operator(graphs[-1], operator or self.operator)
+
+    def check_lowered(self, direction: str, eager: set[str]) -> None:
+        """Of one graph, ``direction``, that Inductor lowered: it has this backend's attention, and no other.
+
+        That is our operator; of a composite one what ``eager`` code runs; of one that is taken in its Triton kernels;
+        of a traced one its higher-order operator.
+        """
+        found = getattr(self.inductor, direction)
+        assert len(found) == 1, f"{len(found)} {direction} graphs, expected 1"
+        operators = found[0]
+        ours = self.operator if direction == "forward" else f"{self.operator}_backward"
+        if self.kernels.composite:
+            right = operators == eager
+        elif self.kernels.inlined:
+            # on a CPU it is plain PyTorch
+            right = all("triton_kernel" in name for name in operators) and bool(operators) == (self.device == "cuda")
+        else:
+            right = operators == {ours} or (self.traced and any(not name.count("::") for name in operators))
+        wanted = sorted(eager) if self.kernels.composite else "Triton kernels" if self.kernels.inlined else ours
+        assert right, f"{direction} has the operators {sorted(operators)}, expected {wanted}"
 
     def check(self, out: Tensor, x: Tensor) -> None:
         """Error of ``out`` at most twice plain PyTorch's, plus rounding; or what ``Limits.rounding`` allows."""
-        right, plain = _right(x), _plain(x)
-        _close("output", out, right, plain, self.limits.rounding)
+        _require_right("output", out, _right(x), _plain(x), self.limits.rounding)
 
 
 def _right(x: Tensor) -> Tensor:
     q, k, v = ((x * factor).double() for factor in (1.0, 0.5, 2.0))
-    return exact(q, k, v)[0] + x.double()
+    return reference.attention(q, k, v)[0] + x.double()
 
 
 def _plain(x: Tensor) -> Tensor:
-    q, k, v = ((x * factor).transpose(1, 2) for factor in (1.0, 0.5, 2.0))
-    weights = (q @ k.transpose(-1, -2) * WIDTH**-0.5).softmax(-1)
-    return (weights @ v).transpose(1, 2) + x
+    return reference.plain(*(x * factor for factor in (1.0, 0.5, 2.0)))[0] + x
 
 
-def _close(what: str, actual: Tensor, right: Tensor, plain: Tensor, rounding: float = 0.0) -> None:
-    right = right.detach()
-    error = float((actual.detach().double() - right).abs().max())
-    allowed = 2 * float((plain.detach().double() - right).abs().max())
-    allowed += 4 * torch.finfo(actual.dtype).eps * (1 + float(right.abs().max()))
-    if rounding and error > allowed:
-        error = float((actual.detach().double() - right).pow(2).mean().sqrt())
-        allowed = rounding * float(right.pow(2).mean().sqrt())
-    assert error <= allowed, f"{what} is off by {error:.2e} from float64, allowed {allowed:.2e}"
+def _require_right(what: str, actual: Tensor, right: Tensor, plain: Tensor, rounding: float = 0.0) -> None:
+    wrong = reference.judge(actual, plain, right, rounding).wrong
+    assert not wrong, f"{what} is {wrong}"
 
 
 def _check_operator(graph: torch.fx.GraphModule, name: str) -> None:
@@ -134,14 +143,22 @@ def _forward(subject: Subject) -> None:
 
 def _training(subject: Subject) -> None:
     x = subject.input().requires_grad_()
-    model = compile(subject.model(), fullgraph=True)
-    torch._dynamo.reset()
     flow = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(x.dtype).to(x.device)
-    (gradient,) = torch.autograd.grad(model(x), x, flow)
+    model = subject.model()
+    forward, backward = watch.Eager(), watch.Eager()
+    if subject.kernels.composite:
+        with forward:
+            out = model(x)
+        with backward:
+            torch.autograd.grad(out, x, flow)
+    (gradient,) = torch.autograd.grad(subject.compiled(model)(x), x, flow)
+    subject.check_graphs(1)
+    subject.check_lowered("forward", forward.operators)
+    subject.check_lowered("backward", backward.operators)
     double = x.detach().double().requires_grad_()
     (right,) = torch.autograd.grad(_right(double), double, flow.double())
     (plain,) = torch.autograd.grad(_plain(x), x, flow)
-    _close("gradient", gradient, right, plain)
+    _require_right("gradient", gradient, right, plain)
 
 
 def _dynamic(subject: Subject) -> None:
@@ -150,7 +167,8 @@ def _dynamic(subject: Subject) -> None:
         for length in (*LENGTHS, 200):
             x = subject.input(length)
             subject.check(call(x), x)
-    subject.check_graphs(1)
+    # on a GPU Inductor guards on which side of 128 FlexAttention's queries are, LENGTHS[0] and the others
+    subject.check_graphs(2 if subject.traced and subject.device == "cuda" else 1)
 
 
 def _reduce_overhead(subject: Subject) -> None:
@@ -172,10 +190,13 @@ def _reduce_overhead(subject: Subject) -> None:
 def _switch(subject: Subject) -> None:
     x = subject.input()
     call = subject.compiled(subject.model(SWITCH))
-    with torch.no_grad():
+    with torch.no_grad(), watch.backends_that_run("native", subject.backend) as ran:
         for name in ("native", subject.backend, "native", subject.backend):
+            ran.clear()
             with attention_backend(name):
                 subject.check(call(x), x)
+            # one that delegates is noted before what it delegates to
+            assert ran[:1] == [name], f"{' and '.join(ran) or 'neither'} ran where {name} was active"
     if not subject.traced:
         subject.check_graphs(1, f"{NAMESPACE}::{SWITCH}")
 

@@ -1,8 +1,12 @@
-"""Attention in plain float64: what "right" means here. Slow, O(Sq * Sk) memory, never dispatched to."""
+"""Attention in plain float64: what "right" means here, and how far off a kernel may be.
+
+Slow, O(Sq * Sk) memory, never dispatched to.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +82,54 @@ def varlen_attention(
     outs.append(query.new_zeros(rest, heads, width, dtype=torch.float64))
     lses.append(query.new_full((heads, rest), -math.inf, dtype=torch.float64))
     return torch.cat(outs), torch.cat(lses, -1)
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention as plain PyTorch writes it, every step in the dtype of the inputs: the yardstick of :func:`judge`.
+
+    (B, S, H, D) or (T, H, D), as many heads of keys as of queries. Returns out, of that shape, and lse (B, H, Sq) or
+    (H, T), in the dtype of the inputs.
+    """
+    q, k, v = (tensor.transpose(-3, -2) for tensor in (query, key, value))
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ v).transpose(-3, -2), scores.logsumexp(-1)
+
+
+class Verdict(NamedTuple):
+    """Largest differences from float64 of a kernel and of the yardstick, and what is wrong ("" if nothing)."""
+
+    error: float
+    plain: float
+    wrong: str
+
+
+def judge(actual: Tensor, yardstick: Tensor, right: Tensor, rounding: float = 0.0) -> Verdict:
+    """Whether ``actual`` is right: its error is at most twice that of ``yardstick``, plus rounding of its dtype.
+
+    ``yardstick`` is what plain PyTorch gives in the dtype of ``actual``, ``right`` the float64 result. ``rounding``
+    (``Limits.rounding``) allows a quantised kernel that share of the root mean square of ``right``.
+
+    >>> import torch
+    >>> from compiled_attn import reference
+    >>> right = torch.ones(3, dtype=torch.float64)
+    >>> reference.judge(right.float() * 1.1, right.float(), right).wrong
+    'off by 1.00e-01 from float64, allowed 9.54e-07'
+    >>> reference.judge(right.float() * 1.1, right.float(), right, rounding=0.2).wrong
+    ''
+    """
+    if actual.shape != right.shape:
+        return Verdict(math.inf, 0.0, f"of shape {tuple(actual.shape)}, not {tuple(right.shape)}")
+    # not every device has float64
+    actual, yardstick, right = (tensor.detach().cpu() for tensor in (actual, yardstick, right))
+    error, plainly = (float((tensor.double() - right).abs().max()) for tensor in (actual, yardstick))
+    allowed = 2.0 * plainly + 4 * torch.finfo(actual.dtype).eps * (1.0 + float(right.abs().max()))
+    if error <= allowed:
+        return Verdict(error, plainly, "")
+    found, most, of = error, allowed, ""
+    if rounding:
+        found, most = (float(tensor.pow(2).mean().sqrt()) for tensor in (actual.double() - right, right))
+        most, of = rounding * most, " in root mean square"
+    return Verdict(error, plainly, "" if found <= most else f"off by {found:.2e} from float64, allowed {most:.2e}{of}")
 
 
 def _causal(is_causal: bool, alignment: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 from typing import Any
 
 import torch
@@ -15,14 +16,18 @@ from .registry import Entry
 from .spec import report
 
 
-def retarget(program: torch.export.ExportedProgram, backend: str) -> torch.export.ExportedProgram:
+def retarget(
+    program: torch.export.ExportedProgram, backend: str, *, keep_flex: bool = False
+) -> torch.export.ExportedProgram:
     """A copy of ``program`` whose attention operators all run ``backend``; ``program`` stays as it is.
 
-    FlexAttention's own operator in a graph, ours or the model's, is not one of them and stays.
+    A call whose lse nobody reads asks for none where ``backend`` has none; it is then for inference alone.
 
     Args:
         program: from ``torch.export.export`` of a model that calls this library, not yet decomposed.
         backend: a name of ``list_backends()``; packed calls go to its packed operator.
+        keep_flex: FlexAttention's own operator, whose mask is code in the graph, cannot be pointed elsewhere, and who
+            called it, this library or the model, cannot be told. True leaves it as it is, False refuses such a program.
 
     Returns:
         The new program. Weights are shared with ``program``; ``package`` takes it in place of a model.
@@ -30,7 +35,7 @@ def retarget(program: torch.export.ExportedProgram, backend: str) -> torch.expor
     Raises:
         ValueError: the backend is unknown, or the program has no attention operator of this library.
         NotImplementedError: the backend cannot run here, or cannot serve one of the calls, at all of its dynamic
-            sizes; all reasons, by node.
+            sizes, or FlexAttention's operator is among them; all reasons, by node.
 
     >>> import torch, compiled_attn
     >>> class Block(torch.nn.Module):
@@ -56,15 +61,28 @@ def retarget(program: torch.export.ExportedProgram, backend: str) -> torch.expor
         )
     found = []
     for node, varlen in calls:
-        found += [f"{node.name}: {reason}" for reason in _refusal(entry, node, varlen)]
+        reasons = _refusal(entry, node, varlen)
+        if reasons and _asks_for_lse_in_vain(node):
+            node.args = (*node.args[:-1], False)
+            for unread in [user for user in node.users if not user.users]:
+                unread.graph.erase_node(unread)
+            reasons = _refusal(entry, node, varlen)
+        found += [f"{node.name}: {reason}" for reason in reasons]
+    if not keep_flex:
+        found += [
+            f"{node.name}: is FlexAttention's own operator, which cannot be pointed elsewhere; export the model again "
+            f"with {backend!r}, or leave it as it is: retarget(program, {backend!r}, keep_flex=True)"
+            for node in nodes(module)
+            if isinstance(node.target, torch._ops.HigherOrderOperator) and "attention" in node.target.name()
+        ]
     if found:
         raise NotImplementedError(report(f"backend {backend!r} cannot run this program:", found))
     for node, varlen in calls:
-        operator = entry.varlen_op if varlen else entry.op
-        assert operator is not None  # refusal() has looked
-        node.target = operator
+        overload = entry.varlen_op if varlen else entry.op
+        assert overload is not None  # refusal() has looked
+        node.target = overload
         try:
-            node.meta["val"] = _traced(operator, _values(node))
+            node.meta["val"] = _traced(overload, _values(node))
         except conditions as error:
             reason = str(error).split("\n")[0]
             found = [f"{node.name}: serves only some of its dynamic sizes ({reason}); export with {backend!r}"]
@@ -103,8 +121,8 @@ def _values(node: torch.fx.Node) -> tuple[Any, ...]:
     return tree_map_only(torch.fx.Node, lambda one: one.meta["val"], node.args)  # type: ignore[no-any-return]
 
 
-def _traced(operator: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
-    """What ``operator`` makes of the fake ``args``, without a new condition on their sizes where torch can tell.
+def _traced(overload: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
+    """What ``overload`` makes of the fake ``args``, without a new condition on their sizes where torch can tell.
 
     torch.export refuses a kernel that would hold for the example's lengths alone (``length % 8 == 0``); here nobody
     would, and the program would be compiled for them without a word. (torch 2.9 cannot be asked.)
@@ -119,7 +137,16 @@ def _traced(operator: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
             if isinstance(size, torch.SymInt) and not symbolic_shapes.free_unbacked_symbols(size):
                 bool(size > 1)
         with strict():
-            return operator(*args)
+            return overload(*args)
+
+
+def _asks_for_lse_in_vain(node: torch.fx.Node) -> bool:
+    """Whether lse is computed and read by nobody: for a backward, as parameters want gradients, or by the model."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    asks = len(node.args) == len(node.target._schema.arguments) and node.args[-1] is True
+    return asks and all(
+        user.target is operator.getitem and (user.args[1] != 1 or not user.users) for user in node.users
+    )
 
 
 def _refusal(entry: Entry, node: torch.fx.Node, varlen: bool) -> list[str]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from compiled_attn import masks
 from compiled_attn.operators import Kernels, expected_shapes, lse_dtype
-from compiled_attn.packages import Unfit, accepts, require
 from compiled_attn.spec import CAUSAL, LOW_PRECISION, LOWER_RIGHT, Call, Limits
 
 from ._native_dense import aligned, empty_to, fit, resolved_scale
@@ -59,20 +58,6 @@ class Loader(Protocol):
         """The :class:`Library`."""
 
 
-def raw(module: Any, name: str, *parameters: str) -> Any:
-    """The Python function ``module.name``, which takes ``parameters``; Unfit otherwise.
-
-    What a library wrapped into a torch.library.custom_op is unwrapped: our own operator is round it already, and its
-    dispatch costs 10 us a call.
-    """
-    function = require(module, name)
-    function = getattr(function, "_init_fn", function)
-    lacking = [parameter for parameter in parameters if not accepts(function, parameter)]
-    if lacking:
-        raise Unfit(f"{name} takes no {', '.join(lacking)}")
-    return function
-
-
 def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make ``device`` current, and the one of before again afterwards.
 
@@ -80,16 +65,6 @@ def current_device(device: torch.device) -> contextlib.AbstractContextManager[An
     q's is, 2.x calls torch.cuda.set_device and leaves it so; FlashAttention-4 asks the current one what it is.
     """
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def behind(packed: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Bool (T,): rows behind the last sequence, which no kernel writes."""
-    return torch.arange(packed.shape[0], device=packed.device) >= cu_seqlens[-1]
-
-
-def clear_behind(packed: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """``packed`` (T, H, D) with 0 in the rows behind the last sequence, in place."""
-    return packed.masked_fill_(behind(packed, cu_seqlens)[:, None, None], 0.0)
 
 
 def fake_dropout_state(q: Tensor, dropout_p: float) -> Tensor:
@@ -178,7 +153,12 @@ class _Packed:
         if key_padding is None:
             cu_seqlens_k = masks.dense_cu_seqlens(self.batch, self.k_length, k.device)
         else:
-            self.source, self.target, cu_seqlens_k = masks.packing(key_padding)
+            source, self.target, cu_seqlens_k = masks.packing(key_padding)
+            # FlashAttention-3 and 4 load tiles past the end of a sequence and multiply what is there by 0, which NaN
+            # and infinity survive: behind the last key comes that key again, instead of the masked ones. A few small
+            # kernels over B * Sk indices, where clearing K and V would copy both once more.
+            place = torch.arange(source.shape[0], device=source.device)
+            self.source = source.index_select(0, place.minimum(cu_seqlens_k[-1:] - 1).clamp_(min=0))
         self.lengths = (
             masks.dense_cu_seqlens(self.batch, q.shape[1], q.device), cu_seqlens_k, q.shape[1], self.k_length
         )  # fmt: skip
@@ -255,10 +235,9 @@ def kernels(package: Loader, dropout: bool = False) -> tuple[Kernels, Kernels, K
         lengths = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k)
         options = _options(q, causal, scale, window)
         out, lse, rng = _call(library, q, k, v, lengths, *options, dropout_p, return_lse)
-        rest = behind(q, cu_seqlens_q)
         if lse is not None:
-            lse = lse.masked_fill_(rest, -math.inf)
-        return out.masked_fill_(rest[:, None, None], 0.0), lse, rng
+            lse = lse.masked_fill_(masks.behind(q, cu_seqlens_q), -math.inf)
+        return masks.clear_behind(out, cu_seqlens_q), lse, rng
 
     def varlen_backward(
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,

@@ -86,20 +86,29 @@ def _bhsd(*tensors: Tensor) -> Any:
     return tuple(tensor.transpose(1, 2) for tensor in tensors)
 
 
-def _kernel_options(q: Tensor, table: Tensor | None) -> dict[str, int]:
-    """Fewer pipeline stages for the generated CUDA kernels that would not fit into shared memory.
+def _kernel_options(q: Tensor, table: Tensor | None) -> dict[str, int | bool]:
+    """What the generated CUDA kernels need: fewer pipeline stages where shared memory is short, one kernel for all Sq.
 
     Inductor picks block sizes and stages by dtype and head_dim alone, but a ``table`` that the mods read for each pair
     (Sq > 1) is loaded in stages too, and widths between 128 and 256 are filled up to 256 in blocks for 128. With
     bfloat16, head_dim 64 and a float32 mask 240 KiB were asked for, with head_dim 160 and a bool mask 232; an H100 has
     227, and the compilation ends with "No valid triton configs". Fewer stages than needed cost up to 4 x the time.
+
+    Inductor has another kernel for fewer than 128 queries, and picks it by the length it compiles with: a package
+    would keep it for every length.
     """
-    if q.device.type != "cuda" or q.shape[1] < BLOCK:  # the kernel for few queries has one stage
+    if q.device.type != "cuda":
+        return {}
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # 0.2 s, there already where code is traced
+
+    if statically_known_true(q.shape[1] < BLOCK):  # the kernel for few queries has one stage
         return {}
     low = True if q.dtype in LOW_PRECISION else False
     read = True if table is not None and table.shape[2] != 1 else False
     width = q.shape[-1]
-    found = {}
+    found: dict[str, int | bool] = {}
+    if not statically_known_true(q.shape[1] >= BLOCK):
+        found["FORCE_USE_FLEX_ATTENTION"] = True
     if 128 < width < 256:
         if read or not low:
             found["fwd_num_stages"] = 1

@@ -126,6 +126,8 @@ def aligned_bias(bias: Tensor) -> Tensor:
     not at where the storage begins: ``mask[..., 7:]`` ends the CUDA context in plain SDPA (H200, torch 2.11).
     """
     length = bias.shape[-1]
+    if isinstance(length, torch.SymInt):
+        return _aligned_for_any_length(bias)
     padding = -length % 8
     if padding:
         return F.pad(bias, (0, padding))[..., :length]
@@ -136,6 +138,21 @@ def aligned_bias(bias: Tensor) -> Tensor:
     if bias.stride(-1) != 1 or any(stride % 8 for stride in bias.stride()[:-1]):
         return bias.contiguous()
     return bias
+
+
+def _aligned_for_any_length(bias: Tensor) -> Tensor:
+    """:func:`aligned_bias` in a graph whose lengths vary, where a question about them becomes a condition.
+
+    torch.export refuses conditions that do not hold for all lengths, and PyTorch asks by itself whether padded rows are
+    contiguous, and in scaled_dot_product_attention whether they are aligned. One row of keys is stored 8 times as wide,
+    which answers both. Many rows get 1 to 8 elements more; before torch 2.15 only the first answer can be proved then.
+    """
+    for dimension in range(3):  # broadcast ones are not written out
+        if bias.stride(dimension) == 0:
+            bias = bias.narrow(dimension, 0, 1)
+    length, rows = bias.shape[-1], bias.shape[2]
+    padding = 7 * length if isinstance(rows, int) and rows == 1 else 8 - length % 8
+    return F.pad(bias, (0, padding))[..., :length]
 
 
 def _expanded(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

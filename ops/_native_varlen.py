@@ -69,15 +69,6 @@ def _past_window(max_seqlen_q: int, max_seqlen_k: int, window: Any) -> int:
     return max_seqlen_k if window is None else max(max_seqlen_k, max_seqlen_q, window[1] + 1)
 
 
-def _behind(packed: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Bool (T,): rows behind the last sequence, which the CUDA kernel never writes."""
-    return torch.arange(packed.shape[0], device=packed.device) >= cu_seqlens[-1]
-
-
-def _cleared(packed: Tensor, behind: Tensor) -> Tensor:
-    return packed.masked_fill_(behind[:, None, None], 0.0)
-
-
 def flash_varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, dropout_p: float = 0.0, causal: int = 0, scale: float | None = None, gqa: bool = False,
@@ -94,11 +85,10 @@ def flash_varlen_forward(
             aligned(q), aligned(k), aligned(v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
             bool(causal & CAUSAL), False, scale=resolved_scale(q, scale), **flash_windows(window, causal),
         )  # fmt: skip
-        behind = _behind(out, cu_seqlens_q)
+        out = fit(masks.clear_behind(out, cu_seqlens_q), v.shape[-1])
         if not return_lse:
-            return fit(_cleared(out, behind), v.shape[-1]), None, None
-        lse = empty_to(lse, math.inf, -math.inf).masked_fill_(behind, -math.inf)
-        return fit(_cleared(out, behind), v.shape[-1]), lse, None
+            return out, None, None
+        return out, empty_to(lse, math.inf, -math.inf).masked_fill_(masks.behind(out, cu_seqlens_q), -math.inf), None
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=lse_dtype(q.dtype))
     for rows, keys in _pieces(cu_seqlens_q, cu_seqlens_k):
@@ -126,7 +116,7 @@ def flash_varlen_backward(
         )  # fmt: skip
         lengths = (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k)
         dq, dk, dv = (
-            fit(_cleared(gradient, _behind(gradient, ends)), q.shape[-1])
+            fit(masks.clear_behind(gradient, ends), q.shape[-1])
             for gradient, ends in zip(gradients, lengths, strict=True)
         )
         return dq, dk, dv, None

@@ -17,7 +17,7 @@ from compiled_attn import masks
 from compiled_attn.operators import Kernels
 from compiled_attn.spec import CAUSAL, report
 
-from ._flash_common import clear_behind, current_device
+from ._flash_common import current_device
 from ._native_dense import aligned
 from ._sage_library import BLOCK_K, BLOCK_Q, PACKED_WIDTHS, Dense, Packed
 
@@ -67,7 +67,7 @@ def varlen_kernels(package: Any) -> Kernels:
         starts = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()  # Triton gets a pointer, and no stride
         with current_device(q.device):
             out = _packed(library, q, k, v, *starts, max_seqlen_q, max_seqlen_k, bool(causal & CAUSAL), scale)
-            return clear_behind(out, cu_seqlens_q), None, None
+            return masks.clear_behind(out, cu_seqlens_q), None, None
 
     return Kernels(forward)
 

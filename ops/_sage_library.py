@@ -13,10 +13,22 @@ from torch import Tensor
 from compiled_attn.packages import Unfit, accepts, require
 
 INSTALL = "pip install sageattention gives 1.0.6; for 2.x, pip install git+https://github.com/thu-ml/SageAttention"
+LACKING = (
+    "this build of sageattention lacks, or cannot load: build it on this machine, or with its capability in "
+    "TORCH_CUDA_ARCH_LIST"
+)
 TRITON_ENTRY = "sageattn_qk_int8_pv_fp16_triton"
 # Rows of Q and keys that share one scale; the attention kernels of every release have them as constants.
 BLOCK_Q, BLOCK_K = 128, 64
 PACKED_WIDTHS = (64, 128)
+# What sageattn of 2.x chooses; for the rest it takes its Triton kernel, which is always there.
+_CHOSEN = {
+    (8, 0): "sageattn_qk_int8_pv_fp16_cuda",
+    (8, 9): "sageattn_qk_int8_pv_fp8_cuda",
+    (9, 0): "sageattn_qk_int8_pv_fp8_cuda_sm90",
+    (12, 0): "sageattn_qk_int8_pv_fp8_cuda",
+    (12, 1): "sageattn_qk_int8_pv_fp8_cuda",
+}
 
 
 @dataclasses.dataclass
@@ -28,6 +40,7 @@ class Facts:
     packs: bool = True
     on_hopper: str = ""
     chooses_for: tuple[tuple[int, int], ...] = ()  # capabilities; () if the entry does not choose by them
+    not_built: tuple[tuple[int, int], ...] = ()  # capabilities whose kernels this build lacks
 
     def reasons(
         self, capability: tuple[int, int] | None, return_lse: bool, mask: str, masked_entry: bool = False
@@ -45,6 +58,8 @@ class Facts:
         if self.on_hopper and capability == (9, 0):
             found.append(self.on_hopper)
         chooses = self.chooses_for and mask == "none"  # key padding goes to the packed kernels, whatever the GPU
+        if mask == "none" and capability in self.not_built:
+            found.append(f"chooses a kernel for compute capability {capability} that {LACKING}")
         if chooses and capability is not None and capability not in self.chooses_for:
             found.append(
                 f"chooses no kernel for compute capability {capability} in this release, only for {self.chooses_for}; "
@@ -86,6 +101,8 @@ def bind_dense(module: Any, facts: Facts) -> Dense:
     facts.lse = not first
     facts.on_hopper = _fault_on_hopper(module)
     facts.chooses_for = _architectures(entry)
+    chosen = {of: getattr(module, name, None) for of, name in _CHOSEN.items() if of in facts.chooses_for}
+    facts.not_built = tuple(of for of, kernel in chosen.items() if kernel is not None and not _built(kernel))
     return Dense(
         entry, facts, packed,
         widths=(64, 96, 128) if first else (64, 128),
@@ -103,6 +120,8 @@ def bind_pinned(module: Any, facts: Facts, name: str) -> Dense:
     entry = require(
         module, name, "q", "k", "v", "tensor_layout", "is_causal", "sm_scale", "smooth_k", "return_lse"
     )  # fmt: skip
+    if not _built(entry):
+        raise Unfit(f"has a {name} whose extension {LACKING}")
     facts.mask = accepts(entry, "attn_mask")
     facts.on_hopper = _fault_on_hopper(module) if name.endswith("_sm90") else ""
     return Dense(
@@ -164,6 +183,17 @@ def _architectures(entry: Any) -> tuple[tuple[int, int], ...]:
         members = constant if isinstance(constant, (tuple, frozenset)) else (constant,)  # of == and of in
         found += [one for one in members if isinstance(one, str) and re.fullmatch(r"sm\d\d+", one)]
     return tuple(sorted((int(one[2:-1]), int(one[-1])) for one in found))
+
+
+def _built(entry: Any) -> bool:
+    """Whether the CUDA extension of a 2.x entry is there.
+
+    An import that fails sets SM80_ENABLED, SM89_ENABLED or SM90_ENABLED to False and is forgotten; the entry asserts
+    its own when it is called.
+    """
+    function = inspect.unwrap(entry)
+    read = getattr(getattr(function, "__code__", None), "co_names", ())
+    return all(function.__globals__.get(name, True) for name in read if re.fullmatch(r"SM\d+_ENABLED", name))
 
 
 def _fault_on_hopper(module: Any) -> str:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_attn.packages import Package, Unfit, require
+from compiled_attn import masks
+from compiled_attn.packages import Package, Unfit, parameters, require
 
-from ._flash_common import Lengths, Window, clear_behind
-from ._signatures import parameters
+from ._flash_common import Lengths, Window
 from .flash2 import Flash2, _bounds
 
 
@@ -47,7 +47,8 @@ class Flash:
         )
         if lengths is None:
             return dq, dk, dv
-        return clear_behind(dq, lengths[0]), clear_behind(dk, lengths[1]), clear_behind(dv, lengths[1])
+        starts_q, starts_k = lengths[:2]
+        return masks.clear_behind(dq, starts_q), masks.clear_behind(dk, starts_k), masks.clear_behind(dv, starts_k)
 
 
 def _lengths(
@@ -120,7 +121,7 @@ def _bind(module: Any) -> Library:
         require(fmha, path, *names)
     # passed by position, so the whole list must be as it is known
     for operator, known in ((flash.FwOp.OPERATOR, _FORWARD), (flash.BwOp.OPERATOR, _BACKWARD)):
-        found = tuple(parameters(operator))
+        found = parameters(operator)
         if found != known:
             raise Unfit(f"its flash operator takes {', '.join(found)}; known is {', '.join(known)}")
     # PyTorch's flash stores seed and offset as uint64 (named "...-pt"), the flash-attn package as int64

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from compiled_attn import masks
 from compiled_attn.operators import Kernels, lse_dtype
-from compiled_attn.packages import Package, Unfit, require
+from compiled_attn.packages import Package, parameters, require
 from compiled_attn.registry import Backend, register_backend
 from compiled_attn.spec import CAUSAL, Call, Limits
 
 from . import _flash_common
 from ._flash_common import OPEN, Lengths, Loader, Window, fake_dropout_state, padding_and_positions
 from ._native_dense import aligned, aligned_bias, empty_to, fit, resolved_scale
-from ._signatures import parameters
 
 # What some releases ask for besides, all meaning "none of it".
 _NOTHING = {
@@ -37,25 +36,16 @@ _PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 def _function(module: Any, name: str, *needed: str) -> Any:
     """``module.name`` to be called with ``needed`` as keywords, and :data:`_NOTHING` for what else it has of that."""
-    function = require(module, name)
     # aiter hides most signatures behind (*args, **kwargs) and an operator of the same name
-    known = parameters(function, getattr(torch.ops.aiter, name, None))
-    lacking = [parameter for parameter in needed if parameter not in known]
-    if lacking:
-        raise Unfit(f"{name} takes no {', '.join(lacking)}")
+    operator = getattr(torch.ops.aiter, name, None)
+    function = require(module, name, *needed, operator=operator)
+    known = parameters(function, operator)
     rest = {parameter: value for parameter, value in _NOTHING.items() if parameter in known}
 
     def call(**arguments: Any) -> Any:
         return function(**{**rest, **arguments})
 
     return call
-
-
-def _lonely(rows: Tensor, own: Tensor, other: Tensor) -> Tensor:
-    """Bool (T, 1, 1): packed rows behind the last sequence, or in one that has nothing on the other side."""
-    sequence, last = masks.segments(own, rows.shape[0]), own.shape[0] - 2
-    empty = other.diff() == 0
-    return ((sequence > last) | empty[sequence.clamp(max=last)])[:, None, None]
 
 
 def _past_window(lengths: Lengths, window: Window) -> Lengths:
@@ -108,9 +98,9 @@ class Aiter:
         out, lse, _, rng = results
         lse = empty_to(lse, math.inf, -math.inf) if return_lse else None  # +inf where max_seqlen_k is 0
         if lengths is not None:
-            lonely = _lonely(out, *lengths[:2])
-            out = out.masked_fill(lonely, 0.0)
-            lse = None if lse is None else lse.masked_fill(lonely[:, 0, 0], -math.inf)
+            lonely = masks.lonely(out, *lengths[:2])
+            out = out.masked_fill(lonely[:, None, None], 0.0)
+            lse = None if lse is None else lse.masked_fill(lonely, -math.inf)
         return out, lse, rng
 
     def backward(
@@ -138,8 +128,13 @@ class Aiter:
             self._ck_packed_backward(is_causal=causal, **options)
         else:
             self._packed_backward(causal=causal, **options)
-        lonely_q, lonely_k = _lonely(q, *lengths[:2]), _lonely(k, lengths[1], lengths[0])
-        return dq.masked_fill(lonely_q, 0.0), dk.masked_fill(lonely_k, 0.0), dv.masked_fill(lonely_k, 0.0)
+        starts_q, starts_k = lengths[:2]
+        lonely_q, lonely_k = masks.lonely(q, starts_q, starts_k), masks.lonely(k, starts_k, starts_q)
+        dq, dk, dv = (
+            gradient.masked_fill(lonely[:, None, None], 0.0)
+            for gradient, lonely in ((dq, lonely_q), (dk, lonely_k), (dv, lonely_k))
+        )
+        return dq, dk, dv
 
     def biased(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, return_lse: bool
@@ -324,9 +319,9 @@ class AiterForward:
         out, lse = results if return_lse else (results, None)
         lse = None if lse is None else empty_to(lse, math.inf, -math.inf)
         if lengths is not None:
-            lonely = _lonely(out, *lengths[:2])
-            out = out.masked_fill(lonely, 0.0)
-            lse = None if lse is None else lse.masked_fill(lonely[:, 0, 0], -math.inf)
+            lonely = masks.lonely(out, *lengths[:2])
+            out = out.masked_fill(lonely[:, None, None], 0.0)
+            lse = None if lse is None else lse.masked_fill(lonely, -math.inf)
         return out, lse, None
 
 

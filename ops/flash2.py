@@ -1,6 +1,6 @@
 """FlashAttention-2, the package flash-attn: `flash` and `flash_varlen` (Dao 2023, https://arxiv.org/abs/2307.08691).
 
-:func:`bind` and :func:`kernels` serve whoever loads the same library from elsewhere.
+:func:`bind` serves whoever loads the same library from elsewhere.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_attn.operators import Kernels
-from compiled_attn.packages import Package, accepts
+from compiled_attn import masks
+from compiled_attn.packages import Package, accepts, require
 from compiled_attn.registry import Backend, register_backend
 from compiled_attn.spec import Call
 
 from . import _flash_common
-from ._flash_common import Lengths, Loader, Window, clear_behind, padding_and_positions, raw
+from ._flash_common import Lengths, Window, padding_and_positions
 
 _WINDOW = ("window_size_left", "window_size_right")
 # compute capabilities with 100 KB of shared memory or less for a block
@@ -39,12 +39,12 @@ class Flash2:
         )  # fmt: skip
         packed = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
         # up to 2.6 the window is a pair
-        self._paired = accepts(raw(module, "_flash_attn_forward"), "window_size")
+        self._paired = accepts(require(module, "_flash_attn_forward"), "window_size")
         window = ("window_size",) if self._paired else _WINDOW
-        self._forward = raw(module, "_flash_attn_forward", *forward, *window)
-        self._packed_forward = raw(module, "_flash_attn_varlen_forward", *forward, *packed, *window)
-        self._backward = raw(module, "_flash_attn_backward", *gradients, *window)
-        self._packed_backward = raw(module, "_flash_attn_varlen_backward", *gradients, *packed, *window)
+        self._forward = require(module, "_flash_attn_forward", *forward, *window)
+        self._packed_forward = require(module, "_flash_attn_varlen_forward", *forward, *packed, *window)
+        self._backward = require(module, "_flash_attn_backward", *gradients, *window)
+        self._packed_backward = require(module, "_flash_attn_varlen_backward", *gradients, *packed, *window)
 
     def packs(self, q_length: int, k_length: int, window: Window) -> bool:
         # The library takes a right part as long as the keys for an open one, and replaces an open one beside a limited
@@ -88,7 +88,8 @@ class Flash2:
         lengths, window = _bounds(lengths, causal, window)
         self._packed_backward(grad_out, q, k, v, out, lse, dq, dk, dv, *lengths, **self._window(window), **options)
         # cleared afterwards: with grouped heads the sum over a group overwrites what was there before
-        return clear_behind(dq, lengths[0]), clear_behind(dk, lengths[1]), clear_behind(dv, lengths[1])
+        starts_q, starts_k = lengths[:2]
+        return masks.clear_behind(dq, starts_q), masks.clear_behind(dk, starts_k), masks.clear_behind(dv, starts_k)
 
     def _window(self, window: Window) -> dict[str, Any]:
         return {"window_size": window} if self._paired else dict(zip(_WINDOW, window, strict=True))
@@ -114,11 +115,6 @@ def bind(module: Any) -> Flash2:
     return Flash2(module)
 
 
-def kernels(package: Loader) -> tuple[Kernels, Kernels, Kernels]:
-    """The dense kernels, the dense ones of a packed name, and the packed ones, of what ``package`` loads by bind."""
-    return _flash_common.kernels(package, dropout=True)
-
-
 def wide_dropout(call: Call) -> str | None:
     """The library launches no kernel at all for this, and leaves the gradients as they were allocated."""
     if call.gradient and call.dropout_p > 0.0 and call.query[-1] > 192 and call.capability in _SMALL:
@@ -139,7 +135,7 @@ PACKAGE = Package(
     install="pip install flash-attn --no-build-isolation",
     bind=bind,
 )
-_dense, _packed_dense, _varlen = kernels(PACKAGE)
+_dense, _packed_dense, _varlen = _flash_common.kernels(PACKAGE, dropout=True)
 
 register_backend(
     Backend(

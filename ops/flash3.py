@@ -1,6 +1,6 @@
 """FlashAttention-3 (Shah et al. 2024, https://arxiv.org/abs/2407.08608): `_flash_3` and `_flash_varlen_3`.
 
-:func:`bind` and :func:`kernels` serve whoever loads the same library from elsewhere.
+:func:`bind` serves whoever loads the same library from elsewhere.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_attn.operators import Kernels
-from compiled_attn.packages import Package, Unfit, accepts
+from compiled_attn.packages import Package, Unfit, accepts, require
 from compiled_attn.registry import Backend, register_backend
 from compiled_attn.spec import Call
 
 from . import _flash_common
-from ._flash_common import Lengths, Loader, Window, padding_and_positions, raw
+from ._flash_common import Lengths, Window, padding_and_positions
 
 _WINDOW = ("window_size_left", "window_size_right")
 
@@ -33,13 +32,13 @@ class Flash3:
         module = getattr(module, "flash_attn_interface", module)
         packed = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
         # in the betas of 2025 the window is a pair, causal has one name, and nothing has a default
-        self._paired = accepts(raw(module, "_flash_attn_forward"), "window_size")
-        self._causal = "is_causal" if accepts(raw(module, "_flash_attn_backward"), "is_causal") else "causal"
+        self._paired = accepts(require(module, "_flash_attn_forward"), "window_size")
+        self._causal = "is_causal" if accepts(require(module, "_flash_attn_backward"), "is_causal") else "causal"
         window = ("window_size",) if self._paired else _WINDOW
         shared = ("q", "k", "v", "softmax_scale", *packed, *window)
-        self._forward = raw(module, "_flash_attn_forward", *shared, "causal")
+        self._forward = require(module, "_flash_attn_forward", *shared, "causal")
         gradients = ("dout", "out", "softmax_lse", "dq", "dk", "dv", "deterministic", self._causal)
-        self._backward = raw(module, "_flash_attn_backward", *shared, *gradients)
+        self._backward = require(module, "_flash_attn_backward", *shared, *gradients)
         self._forward_unused = _without_default(self._forward, *shared, "causal")
         self._backward_unused = _without_default(self._backward, *shared, *gradients)
 
@@ -112,11 +111,6 @@ def _without_sm80() -> bool:
     return bool(CONFIG["build_flags"].get("FLASHATTENTION_DISABLE_SM8x", False))
 
 
-def kernels(package: Loader) -> tuple[Kernels, Kernels, Kernels]:
-    """The dense kernels, the dense ones of a packed name, and the packed ones, of what ``package`` loads by bind."""
-    return _flash_common.kernels(package)
-
-
 def architectures(call: Call) -> str | None:
     if call.capability is not None and call.capability[0] > 9:
         return f"has kernels for compute capability 8 and 9, not {call.capability}; use flash"
@@ -140,7 +134,7 @@ PACKAGE = Package(
     install="build hopper/ of github.com/Dao-AILab/flash-attention (flash_attn_3), or use _flash_3_hub",
     bind=_bind_here,
 )
-_dense, _packed_dense, _varlen = kernels(PACKAGE)
+_dense, _packed_dense, _varlen = _flash_common.kernels(PACKAGE)
 
 register_backend(
     Backend(

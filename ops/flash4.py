@@ -1,7 +1,7 @@
 """FlashAttention-4, the package flash-attn-4 (flash_attn.cute): `_flash_4`, dense and packed.
 
 Its kernels are compiled by CuTe DSL when they are called first, one for each head_dim, dtype and sort of mask.
-:func:`bind` and :func:`kernels` serve whoever loads the same library from elsewhere.
+:func:`bind` serves whoever loads the same library from elsewhere.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_attn.operators import Kernels
-from compiled_attn.packages import Package
+from compiled_attn.packages import Package, require
 from compiled_attn.registry import Backend, register_backend
 from compiled_attn.spec import Call
 
 from . import _flash_common
-from ._flash_common import Lengths, Loader, Window, current_device, padding_and_positions, raw
+from ._flash_common import Lengths, Window, current_device, padding_and_positions
 
 
 class Flash4:
@@ -36,8 +35,8 @@ class Flash4:
             "q", "k", "v", "softmax_scale", "causal", "window_size_left", "window_size_right", "cu_seqlens_q",
             "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
         )  # fmt: skip
-        self._forward = raw(module, "_flash_attn_fwd", *shared, "return_lse")
-        self._backward = raw(
+        self._forward = require(module, "_flash_attn_fwd", *shared, "return_lse")
+        self._backward = require(
             module, "_flash_attn_bwd", *shared, "out", "dout", "lse", "deterministic", "dq", "dk", "dv"
         )
 
@@ -93,11 +92,6 @@ def bind(module: Any) -> Flash4:
     return Flash4(module)
 
 
-def kernels(package: Loader) -> tuple[Kernels, Kernels, Kernels]:
-    """The dense kernels, the dense ones of a packed name, and the packed ones, of what ``package`` loads by bind."""
-    return _flash_common.kernels(package)
-
-
 def architectures(call: Call) -> str | None:
     """What the library asserts of the compute capability (beta 36)."""
     if call.capability is None:
@@ -118,8 +112,8 @@ def architectures(call: Call) -> str | None:
     return None
 
 
-LIMITS = _flash_common.limits(also=(padding_and_positions, architectures), verified="contract")
-VARLEN_LIMITS = _flash_common.limits(masks=("none",), also=(architectures,), verified="contract")
+LIMITS = _flash_common.limits(also=(padding_and_positions, architectures))
+VARLEN_LIMITS = _flash_common.limits(masks=("none",), also=(architectures,))
 
 PACKAGE = Package(
     "flash_attn.cute",
@@ -128,7 +122,7 @@ PACKAGE = Package(
     install="pip install --pre flash-attn-4, with [cu13] on CUDA 13, and after flash-attn, which brings an old copy",
     bind=bind,
 )
-_dense, _, _varlen = kernels(PACKAGE)
+_dense, _, _varlen = _flash_common.kernels(PACKAGE)
 
 register_backend(
     Backend(

@@ -12,7 +12,7 @@ from typing import Any
 from compiled_attn.registry import Backend, register_backend
 from compiled_attn.spec import Call
 
-from . import _sage_blackwell, aiter, flash2, flash3, flash4, sage
+from . import _flash_common, _sage_blackwell, aiter, flash2, flash3, flash4, sage
 from ._hub_kernel import MINIMUM, HubKernel, Loaded
 from ._sage_kernels import kernels as sage_kernels
 from ._sage_library import Facts, bind_dense
@@ -30,7 +30,7 @@ def _register_flash(
     library: Any, summary: str, package: HubKernel, name: str, packed_name: str | None, *rules: Rule
 ) -> None:
     """FlashAttention of one generation: ``library`` is the file with its glue, ``rules`` are the build's own."""
-    dense, packed_dense, varlen = library.kernels(Loaded(package))
+    dense, packed_dense, varlen = _flash_common.kernels(Loaded(package), library.LIMITS.dropout)
     limits, varlen_limits = (
         replace(one, verified="contract", also=(*one.also, *rules)) for one in (library.LIMITS, library.VARLEN_LIMITS)
     )

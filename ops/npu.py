@@ -15,12 +15,11 @@ from torch import Tensor
 
 from compiled_attn import masks
 from compiled_attn.operators import Kernels, lse_dtype
-from compiled_attn.packages import Package
+from compiled_attn.packages import Package, require
 from compiled_attn.registry import Backend, register_backend
 from compiled_attn.spec import ALIGN_LOWER_RIGHT, CAUSAL, Call, Limits
 
 from ._native_dense import Backward, _zero_gradients, is_empty, math_forward, resolved_scale
-from ._signatures import demand
 
 _OPEN = 2147483647  # a window without an end
 _COMPRESSED = 2048  # causal and band modes take one triangle of this size for any length
@@ -44,8 +43,8 @@ def _bind(module: Any) -> Library:
     )  # fmt: skip
     saved = ("softmax_max", "softmax_sum", "attention_in", "scale_value", "seed", "offset", "numels")
     return Library(
-        demand(module, "npu_fusion_attention_v2", "head_num", "input_layout", "scale", *shared),
-        demand(module, "npu_fusion_attention_grad_v2", "dy", "head_num", "input_layout", *saved, *shared),
+        require(module, "npu_fusion_attention_v2", "head_num", "input_layout", "scale", *shared),
+        require(module, "npu_fusion_attention_grad_v2", "dy", "head_num", "input_layout", *saved, *shared),
     )
 
 

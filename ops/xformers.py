@@ -229,16 +229,11 @@ def _packing(q: Tensor, k: Tensor, starts_q: Tensor, starts_k: Tensor, most: tup
     # the operators look at the starts and the maximum alone: the lists of lengths, on the host, stay empty
     lengths = [library.lengths(start, longest, 0, []) for start, longest in ((starts_q, most[0]), (starts_k, most[1]))]
     bias = (library.block_diagonal_causal if causal & CAUSAL else library.block_diagonal)(*lengths)
-    count = starts_q.shape[0] - 1
-    lonely = []
-    for rows, own, other in ((q, starts_q, starts_k), (k, starts_k, starts_q)):
-        sequence = masks.segments(own, rows.shape[0])
-        alone = other.diff() == 0
-        lonely.append((sequence == count) | alone[sequence.clamp(max=count - 1)])
-    sequence = masks.segments(starts_q, q.shape[0]).clamp(max=count - 1)
+    lonely_q, lonely_k = masks.lonely(q, starts_q, starts_k), masks.lonely(k, starts_k, starts_q)
+    sequence = masks.segments(starts_q, q.shape[0]).clamp(max=starts_q.shape[0] - 2)
     wide = starts_q.to(torch.int64)
     place = (torch.arange(q.shape[0], device=q.device) - wide[sequence]).clamp(max=most[0] - 1)
-    return _Packing(bias, lonely[0], lonely[1], sequence, place, wide, most[0])
+    return _Packing(bias, lonely_q, lonely_k, sequence, place, wide, most[0])
 
 
 def _one_tensor(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> bool:

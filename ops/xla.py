@@ -31,7 +31,6 @@ from ._native_dense import (
     resolved_scale,
 )
 from ._native_varlen import math_varlen_forward
-from ._signatures import demand
 
 _LANES = 128
 # The blocks are 512 wide, or the whole length; backward ones 256, 512 and 1024. They must divide the lengths, and the
@@ -51,8 +50,8 @@ def _bind(module: Any) -> Library:
     # imports JAX without letting it take the TPU
     guarded = require(module, "requires_jax")
     return Library(
-        guarded(demand(module, "fa_custom_forward", *shared, "ctx_grad")),
-        guarded(demand(module, "fa_custom_backward", *saved, *shared, "ctx_grad")),
+        guarded(require(module, "fa_custom_forward", *shared, "ctx_grad")),
+        guarded(require(module, "fa_custom_backward", *saved, *shared, "ctx_grad")),
     )
 
 
@@ -178,12 +177,10 @@ def dense_backward(
 # ---------------------------------------------------------------------------------------------------------- packed
 
 
-def _segments(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids of queries and of keys (1, T), and the queries without keys (1, 1, Tq)."""
+def _segments(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids of queries and of keys (1, T)."""
     q_ids, k_ids = masks.segments(cu_seqlens_q, q.shape[0]), masks.segments(cu_seqlens_k, k.shape[0])
-    last = cu_seqlens_q.shape[0] - 1
-    lonely = (q_ids == last) | (cu_seqlens_k.diff() == 0)[q_ids.clamp(max=last - 1)]
-    return q_ids[None], k_ids.masked_fill(k_ids == last, -1)[None], lonely[None, None]
+    return q_ids[None], k_ids.masked_fill(k_ids == cu_seqlens_k.shape[0] - 1, -1)[None]
 
 
 def varlen_forward(
@@ -195,7 +192,8 @@ def varlen_forward(
         return math_varlen_forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, causal, scale, return_lse=return_lse
         )
-    q_ids, k_ids, empty = _segments(q, k, cu_seqlens_q, cu_seqlens_k)
+    q_ids, k_ids = _segments(q, k, cu_seqlens_q, cu_seqlens_k)
+    empty = masks.lonely(q, cu_seqlens_q, cu_seqlens_k)[None, None]
     call = _prepared(q[None], k[None], v[None], q_ids, k_ids, causal, scale)
     out, lse = _attend(call, empty, q.shape[0], return_lse)
     return out[0], None if lse is None else lse[0], None
@@ -208,7 +206,7 @@ def varlen_backward(
 ) -> Backward:  # fmt: skip
     if is_empty(q, k):
         return _zero_gradients(q, k, v, None, False)
-    q_ids, k_ids, _ = _segments(q, k, cu_seqlens_q, cu_seqlens_k)
+    q_ids, k_ids = _segments(q, k, cu_seqlens_q, cu_seqlens_k)
     call = _prepared(q[None], k[None], v[None], q_ids, k_ids, causal, scale)
     dq, dk, dv = _differentiate(call, grad_out[None], q[None], k[None], v[None], out[None], lse[None])
     return dq[0], dk[0], dv[0], None

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 import compiled_attn
 from compiled_attn import cli_list, cli_table, registry
 from compiled_attn.__main__ import BENCHMARKS, COMMANDS, main
-from compiled_attn.bench import kernels, overhead
+from compiled_attn.bench import kernels, libraries, overhead
 from compiled_attn.bench.timing import Times, measure
 from compiled_attn.packages import Package
 from compiled_attn.registry import Backend, Entry
@@ -382,6 +383,33 @@ def test_kernel_benchmark_prints_what_it_keeps(tmp_path: pathlib.Path, capsys: p
     for row in rows:
         assert row["forward_ms"] > 0 < row["training_ms"]
         assert f"{row['training_ms']:.3f}" in text
+
+
+def test_library_benchmark_measures_the_library_and_us(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = [], []
+
+    def direct(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        theirs.append(tuple(q.shape))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def attention(*args: Any, backend: str, **more: Any) -> torch.Tensor:
+        ours.append((backend, *more))
+        return compiled_attn.reference.attention(*args, **more)[0].to(args[0].dtype)
+
+    monkeypatch.setattr(libraries, "_direct", lambda name: direct)
+    monkeypatch.setattr(compiled_attn, "attention", attention)
+    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: model)
+    kept = tmp_path / "libraries.json"
+    text = printed(capsys, "bench", "libraries", "--device", "cpu", "--repeats", "1", "--json", str(kept))
+    (row,) = json.loads(kept.read_text())["rows"]
+    assert row["backend"] == "native"
+    assert set(ours) == {("native",), ("native", "key_padding_mask")}
+    assert {(1, 128, 2, 64), (1, 32, 2, 16)} <= set(theirs)
+    assert min(row["step_ms"], row["library_step_ms"], row["masked_ms"], row["fewer_keys_ms"]) > 0
+    assert f"{row['step_ms']:.3f}" in text
+    assert "flash: module 'flash_attn" in text  # what is not installed says why
 
 
 def test_eager_benchmark_runs_what_it_names() -> None:

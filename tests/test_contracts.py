@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
-import sys
-import types
 
 import probes  # noqa: F401  registers cheap backends
 import pytest
@@ -16,7 +13,7 @@ from matrix import limits_on
 import compiled_attn
 from compiled_attn import registry
 from compiled_attn.operators import Kernels
-from compiled_attn.packages import Package, require
+from compiled_attn.packages import Package
 from compiled_attn.registry import Backend
 from compiled_attn.spec import Call, Limits
 
@@ -399,27 +396,3 @@ def test_a_partner_must_be_there_and_alone():
     with pytest.raises(ValueError, match="'no' has no varlen kernels, or is not registered yet") as refused:
         compiled_attn.register_backend(lost)
     assert "varlen kernels or limits of its own" in str(refused.value)
-
-
-def test_packages_are_told_apart(tmp_path, monkeypatch):
-    """Absent, of another distribution, too old, broken, unfit: each is its own reason."""
-    (tmp_path / "broken_thing.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
-    (tmp_path / "odd_thing.py").write_text("def attend(q, k): ...")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert Package("no_thing", "no-thing", install="make one").missing() == [
-        "module 'no_thing' is not installed; make one"
-    ]
-    assert "is there, but not from 'no-thing'" in Package("odd_thing", "no-thing", "1.0").missing()[0]
-    monkeypatch.setitem(sys.modules, "stub_thing", types.ModuleType("stub_thing"))  # loaded, and without a spec
-    stub = Package("stub_thing", "stub-thing", bind=lambda module: require(module, "attend"))
-    assert stub.missing() == ["stub-thing: has no attend"]
-    version = importlib.metadata.version("torch")
-    assert f"torch {version} is older than 999" in Package("torch", "torch", "999").missing()[0]
-    broken = Package("broken_thing", "broken-thing")
-    wanted = "broken-thing is installed but broken: OSError: libcudart.so.12: cannot open shared object file"
-    assert broken.missing() == [wanted]
-    with pytest.raises(NotImplementedError, match=r"libcudart\.so\.12"):
-        broken.load()
-    unfit = Package("odd_thing", "odd-thing", bind=lambda module: require(module, "attend", "q", "scale"))
-    assert unfit.missing() == ["odd-thing: attend takes no scale"]
-    assert Package("odd_thing", "odd-thing", bind=lambda module: require(module, "attend", "q")).missing() == []

@@ -22,10 +22,7 @@ BACKENDS = ("flash", "flash_varlen")
 @pytest.fixture(params=["flash-attn", "flash-attn-2.6.3"])
 def library(request, monkeypatch):
     """The stand-in, loaded in place of the library: as released last, and as the oldest release we take."""
-    made = stand_in.Library(request.param)
-    monkeypatch.setitem(flash2.PACKAGE.__dict__, "loaded", flash2.bind(made.module))
-    flash_checks.poison(monkeypatch)
-    return made
+    return flash_checks.stand_in_for(flash2, stand_in.Library(request.param), monkeypatch)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -51,6 +48,11 @@ def test_layouts_and_scale(library, backend, masked):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_keys_have_no_gradient(library, backend):
     flash_checks.masked_keys_have_no_gradient(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_keys_may_hold_anything(library, backend):
+    flash_checks.masked_keys_may_hold_anything(backend)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2], ids=["mha", "gqa"])
@@ -84,14 +86,8 @@ def test_which_function_is_called(library):
         library.calls.clear()
         keep = flash_checks.padding("more_queries") if mask else None
         with torch.no_grad():
-            flash_checks_call(backend, flash_checks.tensors("more_queries"), keep, positions)
+            flash_checks.call(backend, flash_checks.tensors("more_queries"), keep, positions)
         assert library.calls == [function], (backend, mask, positions)
-
-
-def flash_checks_call(backend, inputs, keep, positions, dropout_p=0.0, deterministic=False):
-    causal, window = POSITIONS[positions]
-    operator = registry.find(backend).op
-    return operator(*inputs, None, keep, dropout_p, causal, None, True, window, deterministic, True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -101,12 +97,12 @@ def test_dropout_and_its_gradient(library, backend, masked):
     query, key, value = flash_checks.tensors("grouped")
     keep = flash_checks.padding("grouped") if masked else None
     torch.manual_seed(3)
-    out, _, state = flash_checks_call(backend, [query, key, value], keep, "full", 0.4)
+    out, _, state = flash_checks.call(backend, [query, key, value], keep, "full", 0.4)
     assert (state.shape, state.dtype) == ((2,), torch.int64)
     grad = torch.randn_like(out)
     dq, dk, dv = torch.autograd.grad(out, (query, key, value), grad)
     torch.testing.assert_close((grad * out).sum(), (dv * value).sum())
-    whole, *_ = flash_checks_call(backend, [query, key, value], keep, "full")
+    whole, *_ = flash_checks.call(backend, [query, key, value], keep, "full")
     assert (whole - out).abs().max() > 0.1
     # the same numbers drawn again: the derivative along a direction, by a difference
     for which, gradient in enumerate((dq, dk, dv)):
@@ -116,14 +112,14 @@ def test_dropout_and_its_gradient(library, backend, masked):
         for sign in (1, -1):
             torch.manual_seed(3)
             there = [one + sign * 1e-5 * step if number == which else one for number, one in enumerate(moved)]
-            sides.append(flash_checks_call(backend, there, keep, "full", 0.4)[0])
+            sides.append(flash_checks.call(backend, there, keep, "full", 0.4)[0])
         difference = ((sides[0] - sides[1]) * grad).sum() / 2e-5
         torch.testing.assert_close((gradient * step).sum(), difference, rtol=1e-6, atol=1e-6)
 
 
 def test_dropout_of_nothing(library):
     for shape in ("no_query", "no_key", "no_batch"):
-        out, lse, state = flash_checks_call("flash", flash_checks.tensors(shape), None, "full", 0.5)
+        out, lse, state = flash_checks.call("flash", flash_checks.tensors(shape), None, "full", 0.5)
         assert (state == 0).all()
         assert state.shape == (2,)
         assert (out == 0).all()
@@ -144,7 +140,7 @@ def test_dropout_of_packed_sequences(library):
 def test_deterministic_reaches_the_backward(library, deterministic):
     inputs = flash_checks.tensors("plain")
     for keep in (None, flash_checks.padding("plain")):
-        out, *_ = flash_checks_call("flash", inputs, keep, "full", deterministic=deterministic)
+        out, *_ = flash_checks.call("flash", inputs, keep, "full", deterministic=deterministic)
         out.sum().backward()
         assert library.asked["deterministic"] is deterministic
         assert library.asked["softmax_scale"] == 0.25
@@ -155,12 +151,7 @@ def test_bounds_of_nothing(library):
 
 
 def test_half_precision(library):
-    inputs = flash_checks.tensors("padded_width", torch.bfloat16)
-    out, lse, _ = flash_checks_call("flash", inputs, flash_checks.padding("padded_width"), "full")
-    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
-    for gradient, like in zip(torch.autograd.grad(out.sum(), inputs), inputs, strict=True):
-        assert gradient.dtype == torch.bfloat16
-        assert gradient.shape == like.shape
+    flash_checks.half_precision("flash", torch.bfloat16)
 
 
 def test_what_a_library_wrapped_into_an_operator_is_unwrapped():
@@ -188,7 +179,7 @@ def test_what_a_library_wrapped_into_an_operator_is_unwrapped():
 
 REFUSED = {
     "takes bfloat16/float16, not float32": {"dtypes": (torch.float32,) * 3},
-    "head_dim=264 is over 256": {"query": (1, 4, 2, 264), "key": (1, 4, 2, 264), "value": (1, 4, 2, 264)},
+    "head_dim=264 is over 256": flash_checks.wide(264),
     "needs compute capability (8, 0), not (7, 5)": {"capability": (7, 5)},
     "takes key_padding masks, so not a bool mask": {"mask": "bool"},
     "takes key_padding masks, so not a float mask": {"mask": "float"},

@@ -8,7 +8,7 @@ import types
 import flash_checks
 import pytest
 import torch
-from flash_checks import POSITIONS, SHAPES
+from flash_checks import POSITIONS, SHAPES, wide
 from stand_ins import flash3 as stand_in
 from test_varlen import LENGTHS
 
@@ -21,10 +21,7 @@ BACKENDS = ("_flash_3", "_flash_varlen_3")
 @pytest.fixture(params=["flash-attn-3", "flash-attn-3-beta"])
 def library(request, monkeypatch):
     """The stand-in, loaded in place of the library: 3.0.0, and the last beta without torch.compile."""
-    made = stand_in.Library(request.param)
-    monkeypatch.setitem(flash3.PACKAGE.__dict__, "loaded", flash3.bind(made.module))
-    flash_checks.poison(monkeypatch)
-    return made
+    return flash_checks.stand_in_for(flash3, stand_in.Library(request.param), monkeypatch)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -49,6 +46,11 @@ def test_layouts_and_scale(library, masked):
 def test_masked_keys_have_no_gradient(library):
     for backend in BACKENDS:
         flash_checks.masked_keys_have_no_gradient(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_keys_may_hold_anything(library, backend):
+    flash_checks.masked_keys_may_hold_anything(backend)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2], ids=["mha", "gqa"])
@@ -79,17 +81,7 @@ def test_bounds_of_nothing(library):
 
 
 def test_half_precision(library):
-    inputs = flash_checks.tensors("padded_width", torch.float16)
-    operator = registry.find("_flash_3").op
-    keep = flash_checks.padding("padded_width")
-    out, lse, _ = operator(*inputs, None, keep, 0.0, 0, None, True, None, False, True)
-    assert (out.dtype, lse.dtype) == (torch.float16, torch.float32)
-    for gradient, like in zip(torch.autograd.grad(out.sum(), inputs), inputs, strict=True):
-        assert (gradient.dtype, gradient.shape) == (torch.float16, like.shape)
-
-
-def wide(width):
-    return dict.fromkeys(("query", "key", "value"), (1, 4, 2, width))
+    flash_checks.half_precision("_flash_3", torch.float16)
 
 
 REFUSED = {

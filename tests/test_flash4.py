@@ -9,7 +9,7 @@ import types
 import flash_checks
 import pytest
 import torch
-from flash_checks import POSITIONS, SHAPES
+from flash_checks import POSITIONS, SHAPES, wide
 from stand_ins import flash4 as stand_in
 from test_varlen import LENGTHS
 
@@ -20,10 +20,7 @@ from compiled_attn.ops import flash4
 @pytest.fixture(params=[3, 2], ids=["five_results", "four_results"])
 def library(request, monkeypatch):
     """The stand-in, loaded in place of the library; betas up to 32 gave one result less."""
-    made = stand_in.Library(request.param)
-    monkeypatch.setitem(flash4.PACKAGE.__dict__, "loaded", flash4.bind(made.module))
-    flash_checks.poison(monkeypatch)
-    return made
+    return flash_checks.stand_in_for(flash4, stand_in.Library(request.param), monkeypatch)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -45,6 +42,10 @@ def test_layouts_and_scale(library, masked):
 
 def test_masked_keys_have_no_gradient(library):
     flash_checks.masked_keys_have_no_gradient("_flash_4")
+
+
+def test_masked_keys_may_hold_anything(library):
+    flash_checks.masked_keys_may_hold_anything("_flash_4")
 
 
 @pytest.mark.parametrize("key_heads", [4, 2], ids=["mha", "gqa"])
@@ -104,17 +105,7 @@ def test_bounds_of_nothing(library):
 
 
 def test_half_precision(library):
-    inputs = flash_checks.tensors("padded_width", torch.bfloat16)
-    operator = registry.find("_flash_4").op
-    keep = flash_checks.padding("padded_width")
-    out, lse, _ = operator(*inputs, None, keep, 0.0, 0, None, True, None, False, True)
-    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
-    for gradient, like in zip(torch.autograd.grad(out.sum(), inputs), inputs, strict=True):
-        assert (gradient.dtype, gradient.shape) == (torch.bfloat16, like.shape)
-
-
-def wide(width):
-    return dict.fromkeys(("query", "key", "value"), (1, 4, 2, width))
+    flash_checks.half_precision("_flash_4", torch.bfloat16)
 
 
 REFUSED = {

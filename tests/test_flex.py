@@ -462,6 +462,22 @@ def test_stages_of_the_generated_kernels(call):
         assert flex_call._kernel_options(q.cpu(), rows) == {}
 
 
+def test_one_generated_kernel_for_lengths_that_vary():
+    """Inductor's kernel for fewer than 128 queries is not chosen for a package that may meet more, and no guard says
+    on which side of 128 a length is."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    environment = ShapeEnv()
+    source = ConstantSource("length")
+    symbol = environment.create_symbol(96, source, DimDynamic.DYNAMIC)
+    length = environment.create_symintnode(symbol, hint=96, source=source)
+    with FakeTensorMode(shape_env=environment):
+        q = torch.empty(1, length, 2, 64, dtype=torch.bfloat16, device="cuda")
+        assert flex_call._kernel_options(q, None) == {"FORCE_USE_FLEX_ATTENTION": True}
+    assert not environment.guards
+
+
 # -------------------------------------------------------------------------------------------------------------- GPU
 
 

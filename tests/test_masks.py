@@ -168,21 +168,6 @@ def test_empty_rows_under_a_causal_mask(q_length):
     torch.testing.assert_close(masks.empty_causal_rows(masks.additive(padding, torch.float32), q_length), expected)
 
 
-@pytest.mark.parametrize("trial", range(5))
-def test_compaction_brings_real_keys_to_the_front_in_order(trial):
-    torch.manual_seed(trial)
-    padding = keep(4, 11)
-    padding[0], padding[1] = False, True
-    index, lengths = masks.compaction_index(padding)
-    assert lengths.dtype == torch.int32
-    torch.testing.assert_close(lengths.long(), padding.sum(1))
-    torch.testing.assert_close(index.sort().values, torch.arange(44))
-    rows = torch.arange(44).index_select(0, index).reshape(4, 11)
-    for batch in range(4):
-        real = padding[batch].nonzero().flatten() + batch * 11
-        torch.testing.assert_close(rows[batch, : int(lengths[batch])], real)
-
-
 @pytest.mark.parametrize("shape", [(4, 11), (1, 1), (3, 0), (0, 5), (1, 33)], ids=str)
 def test_packing_brings_the_real_keys_of_all_sequences_together_and_back(shape):
     padding = keep(*shape)
@@ -195,6 +180,26 @@ def test_packing_brings_the_real_keys_of_all_sequences_together_and_back(shape):
     torch.testing.assert_close(packed.index_select(0, target), rows)
     torch.testing.assert_close(cu_seqlens.diff(), padding.sum(1).to(torch.int32))
     assert cu_seqlens[0] == 0
+
+
+# sequences of 3 and 2, 0 and 4, 5 and 0 queries and keys; two rows and one key behind the last one
+STARTS = [torch.tensor(starts, dtype=torch.int32) for starts in ([0, 3, 3, 8], [0, 2, 6, 6])]
+
+
+def test_rows_that_have_nothing_to_attend_to():
+    queries, keys = torch.ones(10, 1, 1), torch.ones(7, 1, 1)
+    attended = masks.varlen_mask(*STARTS, 10, 7, 0, None)
+    torch.testing.assert_close(masks.lonely(queries, *STARTS), ~attended.any(1))
+    torch.testing.assert_close(masks.lonely(keys, *reversed(STARTS)), ~attended.any(0))
+    assert masks.lonely(keys, *reversed(STARTS)).tolist() == [False, False, True, True, True, True, True]
+
+
+def test_rows_behind_the_last_sequence_are_cleared_in_place():
+    queries = torch.full((10, 2, 3), math.nan)
+    assert masks.behind(queries, STARTS[0]).tolist() == [False] * 8 + [True] * 2
+    assert masks.clear_behind(queries, STARTS[0]) is queries
+    torch.testing.assert_close(queries[8:], torch.zeros(2, 2, 3))
+    assert queries[:8].isnan().all()
 
 
 @pytest.mark.parametrize("causal", [0, CAUSAL, CAUSAL | ALIGN_LOWER_RIGHT])

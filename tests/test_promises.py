@@ -9,11 +9,12 @@ from pathlib import Path
 
 import probes  # noqa: F401  registers cheap backends, each of which multiplies its result by a factor of its own
 import pytest
+import stand_in  # noqa: F401  registers a right backend with an operator of its own
 import torch
 from probes import PROBES
 
 import compiled_attn
-from compiled_attn import __main__, promises
+from compiled_attn import __main__, promises, registry
 from compiled_attn.promises import CELLS, FAILED, REFUSED, WORKS
 
 RESULT = {"device": "cpu", "command": "promises", "versions": {"torch": "0"}}
@@ -33,7 +34,56 @@ def test_a_right_backend_works_and_a_wrong_one_fails(monkeypatch):
 def test_compiled_cells_count_their_graphs(cell):
     subject = promises.Subject("_native_math", "cpu")
     CELLS[cell](subject)
-    assert len(subject.graphs) == 1
+    assert len(subject.inductor.graphs) == 1
+
+
+def test_switch_that_runs_another_backend_is_a_failure(monkeypatch):
+    subject = promises.Subject("_native_math", "cpu")
+    CELLS["switch"](subject)
+    monkeypatch.setattr("compiled_attn.ops.switch._active", lambda q: registry.find("native"))  # and its numbers right
+    with pytest.raises(AssertionError, match="native ran where _native_math was active"):
+        CELLS["switch"](subject)
+    assert registry.find("_native_math").backend.dense.forward.__module__ == "compiled_attn.ops._native_dense"
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math", "stand_in", "triton", "flex"])
+def test_training_knows_the_operators_of_both_directions(backend):
+    subject = promises.Subject(backend, "cpu")
+    CELLS["training"](subject)
+    assert (len(subject.inductor.forward), len(subject.inductor.backward)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("backend", "trained"),
+    [("_native_math", "native"), ("native", "_native_math"), ("triton", "stand_in"), ("stand_in", "triton")],
+)
+def test_training_through_another_operator_is_a_failure(monkeypatch, backend, trained):
+    """As right, to the eye that looks at numbers alone."""
+    subject = promises.Subject(backend, "cpu")
+    compiled, model = subject.compiled, promises.Subject(trained, "cpu").model()
+    monkeypatch.setattr(subject, "compiled", lambda _: compiled(model))
+    monkeypatch.setattr(subject, "check_graphs", lambda number: None)
+    with pytest.raises(AssertionError, match="forward has the operators"):
+        CELLS["training"](subject)
+
+
+@pytest.mark.parametrize("lowered", [[], [set()], [{"compiled_attn::stand_in"}]], ids=str)
+def test_a_backward_that_is_not_in_the_graph_is_a_failure(lowered):
+    subject = promises.Subject("stand_in", "cpu")
+    subject.inductor.backward = lowered
+    with pytest.raises(AssertionError, match=r"stand_in_backward|0 backward graphs, expected 1"):
+        subject.check_lowered("backward", set())
+
+
+def test_kernels_that_were_not_taken_in_are_a_failure():
+    subject = promises.Subject("triton", "cpu")
+    subject.inductor.forward = [set()]
+    subject.check_lowered("forward", set())
+    subject.device = "cuda"
+    with pytest.raises(AssertionError, match="forward has the operators"):
+        subject.check_lowered("forward", set())
+    subject.inductor.forward = [{"triton_kernel_wrapper_functional"}]
+    subject.check_lowered("forward", set())
 
 
 def test_a_graph_too_many_is_a_failure(monkeypatch):
@@ -85,7 +135,7 @@ def test_a_worker_that_died_or_would_download(monkeypatch):
 
 def test_every_kept_result_is_a_row_of_the_readme():
     root = Path(__file__).parent.parent
-    files = [root / "docs" / "promises.json", root / "docs" / "gpu" / "promises.json"]
+    files = [root / "docs" / "promises.json", *sorted((root / "docs" / "gpu").glob("promises*.json"))]
     table = promises.markdown([json.loads(file.read_text()) for file in files])
     text = (root / "README.md").read_text()
     assert text.partition(promises.BEGIN)[2].partition(promises.END)[0].strip() == table.strip()

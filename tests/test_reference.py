@@ -138,3 +138,38 @@ def test_gradcheck_of_a_float_mask():
     query, key, value = (tensor.double() for tensor in tensors())
     mask = torch.randn(1, 4, 4, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda m: reference.attention(query, key, value, m)[0], (mask,))
+
+
+def test_plain_is_attention_in_the_dtype_of_its_inputs():
+    dense = [tensor.bfloat16() for tensor in (torch.randn(2, 5, 4, 8), *(torch.randn(2, 7, 4, 8) for _ in range(2)))]
+    packed = [tensor[0] for tensor in dense]
+    for inputs in (dense, packed):
+        out, lse = reference.plain(*inputs)
+        assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.bfloat16)
+        right, right_lse = reference.plain(*(tensor.double() for tensor in inputs))
+        assert not reference.judge(out, out, right).wrong and not reference.judge(lse, lse, right_lse).wrong
+    exact, exact_lse = reference.attention(*dense)
+    right, right_lse = reference.plain(*(tensor.double() for tensor in dense))
+    torch.testing.assert_close(right, exact)
+    torch.testing.assert_close(right_lse, exact_lse)
+
+
+def test_the_rule_of_twice_the_yardsticks_error():
+    right = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    step = 4 * torch.finfo(torch.bfloat16).eps * (1 + 3)
+    yardstick = right + 0.125
+    for error, wrong in ((0.25 + step, ""), (0.3125 + step, "off by 4.38e-01 from float64, allowed 3.75e-01")):
+        verdict = reference.judge((right + error).bfloat16(), yardstick.bfloat16(), right)
+        assert verdict == (error, 0.125, wrong)
+    # a share of the root mean square, sqrt(5), beside it
+    wide = (right + 1.0).bfloat16()
+    assert not reference.judge(wide, yardstick.bfloat16(), right, 0.46).wrong
+    wrong = reference.judge(wide, yardstick.bfloat16(), right, 0.44).wrong
+    assert wrong == "off by 1.00e+00 from float64, allowed 9.84e-01 in root mean square"
+
+
+def test_nan_and_another_shape_are_wrong():
+    right = torch.zeros(4, dtype=torch.float64)
+    for rounding in (0.0, 0.5):
+        assert reference.judge(torch.full((4,), math.nan), torch.zeros(4), right, rounding).wrong
+    assert reference.judge(torch.zeros(2), torch.zeros(2), right).wrong == "of shape (2,), not (4,)"

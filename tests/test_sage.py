@@ -8,6 +8,7 @@ key too many of 33 gives 2.1 %, the 31 that 1.0.6 counts too many there give 40 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import math
@@ -476,6 +477,52 @@ def test_gpus_that_the_release_chooses_no_kernel_for(library):
     library("1.0.6")
     assert registry.unavailable("sage") == []
     assert refused("sage", capability=(10, 0)) == ""
+
+
+def without_extension(made, entry, flag):
+    """Like core.py of 2.x where an extension did not import: a flag is False, and asserted in the entry."""
+    known = getattr(made.module, entry)
+    home = {"known": known, flag: False}
+    exec(f"def {entry}(*args, **kwargs):\n    assert {flag}\n    return known(*args, **kwargs)", home)
+    home[entry].__signature__ = inspect.signature(known)
+    # sageattn, as torch.compiler.disable leaves it
+    setattr(made.module, entry, functools.wraps(home[entry])(lambda *args, **kwargs: home[entry](*args, **kwargs)))
+    return home
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"), zip(NAMES[2:5], ("SM89_ENABLED", "SM90_ENABLED", "SM80_ENABLED"), strict=True)
+)
+def test_a_build_without_the_extension_of_a_pinned_kernel(library, name, flag):
+    home = without_extension(library(), "sageattn" + name.removeprefix("_sage"), flag)
+    (reason,) = registry.unavailable(name)
+    assert f"has a sageattn{name.removeprefix('_sage')} whose extension this build of sageattention lacks" in reason
+    with pytest.raises(NotImplementedError, match="TORCH_CUDA_ARCH_LIST"):
+        run(name, *inputs())
+    assert registry.unavailable(TRITON) == []
+    home[flag] = True
+    for package in registry.backend_info(name).packages:
+        package.forget()
+    assert registry.unavailable(name) == []
+    assert run(name, *inputs())[0].isfinite().all()
+
+
+def test_what_the_library_would_choose_is_not_built(library):
+    made = library()
+    without_extension(made, "sageattn_qk_int8_pv_fp8_cuda", "SM89_ENABLED")
+    entry = made.module.sageattn
+
+    def chooses(*args, arch="sm89", **kwargs):
+        if arch in ("sm80", "sm86", "sm89", "sm90", "sm120"):
+            return entry(*args, **kwargs)
+        raise ValueError(arch)
+
+    chooses.__signature__ = inspect.signature(entry)
+    made.module.sageattn = chooses
+    assert registry.unavailable("sage") == []
+    for capability, refusal in (((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), False), ((12, 0), True)):
+        assert ("that this build of sageattention lacks" in refused("sage", capability=capability)) == refusal
+    assert refused("sage", capability=(8, 9), mask="key_padding") == ""  # the packed kernels are Triton's
 
 
 def test_missing_says_what_to_install(library):

@@ -57,6 +57,7 @@ class Prepared:
     yardstick: float  # error of Diffusers' own path, plain scaled_dot_product_attention, in the same dtype
     bound: float  # 2 x yardstick + rounding
     visible: dict[str, float]  # what errors of known size would do to the output: the bound must lie below
+    blur: dict[float, float]  # Limits.rounding to what errors of that size in every call do to the output
 
 
 class Counter:
@@ -110,9 +111,13 @@ def prepare(subject: Subject, wanted: list[str] | None) -> Prepared:
         visible = {"scale doubled": relative_error(_with_call(double, _doubled_scale), reference)}
         if any(call.mask != "none" for call in calls):
             visible["mask dropped"] = relative_error(_with_call(double, _without_mask), reference)
+        blur = {
+            rounding: relative_error(_with_call(double, _blurred(rounding)), reference)
+            for rounding in {_rounding(name) for name in backends} - {0.0}
+        }
     yardstick = relative_error(plain, reference)
     bound = 2 * yardstick + torch.finfo(plain.dtype).eps
-    return Prepared(subject, calls, backends, skipped, reference, yardstick, bound, visible)
+    return Prepared(subject, calls, backends, skipped, reference, yardstick, bound, visible, blur)
 
 
 def why_not(name: str, calls: list[Call]) -> list[str]:
@@ -142,6 +147,21 @@ def _without_mask(attention: Callable[..., Any]) -> Callable[..., Any]:
         return attention(query, key, value, **options)
 
     return wrong
+
+
+def _blurred(rounding: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def wrap(attention: Callable[..., Any]) -> Callable[..., Any]:
+        def noisy(*args: Any, **options: Any) -> Any:
+            out = attention(*args, **options)
+            return out + rounding * out.square().mean().sqrt() * torch.randn_like(out)
+
+        return noisy
+
+    return wrap
+
+
+def _rounding(backend: str) -> float:
+    return max((limits.rounding for limits in registry.backend_info(backend).limits), default=0.0)
 
 
 def timed(function: Callable[[], T]) -> tuple[T, float]:
@@ -241,9 +261,9 @@ def failures(prepared: Prepared, rows: list[Row]) -> list[str]:
 
 
 def _bound(prepared: Prepared, backend: str) -> float:
-    """What ``backend`` may be off by: kernels that round to 8 bits add their share, independently in every call."""
-    rounding = max((limits.rounding for limits in registry.backend_info(backend).limits), default=0.0)
-    return prepared.bound + rounding * math.sqrt(len(prepared.calls))
+    """What ``backend`` may be off by: kernels that round to 8 bits add what such noise was seen to do."""
+    rounding = _rounding(backend)
+    return prepared.bound + (prepared.blur[rounding] if rounding else 0.0)
 
 
 def _expected(operator: str, row: Row) -> bool:

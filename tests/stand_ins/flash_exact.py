@@ -26,10 +26,14 @@ def demand_layout(*tensors: Tensor) -> None:
 
 
 class Batch:
-    """Queries and keys cut into sequences: by cu_seqlens, or a dense batch."""
+    """Queries and keys cut into sequences: by cu_seqlens, or a dense batch.
 
-    def __init__(self, q: Tensor, k: Tensor, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any) -> None:
-        self.packed = cu_q is not None
+    ``tile`` is the number of rows that a kernel loads at once, up to the end of the tensor, whatever the sequence: what
+    is past its end counts 0 times, which is NaN if it is not finite. 0: past the end it reads 0.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, tile: int = 0) -> None:
+        self.packed, self.tile = cu_q is not None, tile
         if self.packed:
             assert q.dim() == k.dim() == 3
             for starts, most in ((cu_q, max_q), (cu_k, max_k)):
@@ -47,6 +51,15 @@ class Batch:
             self.longest_q, self.longest_k = q.shape[1], k.shape[1]
             self.pieces = [(number, number) for number in range(q.shape[0])]
         assert q.shape[-2] % k.shape[-2] == 0
+
+    def nothing(self, rows: Any, *tensors: Tensor) -> Tensor:
+        """0, or NaN if what the tiles of ``rows`` hold past their end is not finite: (heads, 1, 1)."""
+        if not self.packed or self.tile == 0:
+            return torch.zeros(1, 1, 1)
+        tiles = math.ceil((rows.stop - rows.start) / self.tile)
+        past = slice(rows.stop, max(rows.start + tiles * self.tile, rows.stop))
+        parts = [one[past].double().sum((0, 2)) * 0.0 for one in tensors]
+        return sum(parts[1:], parts[0])[:, None, None]
 
     def lse_at(self, lse: Tensor, rows: Any) -> Tensor:
         return lse[:, rows] if self.packed else lse[rows]
@@ -74,6 +87,10 @@ def dropped(rng: Tensor | None, number: int, dropout_p: float, shape: tuple[int,
     return (torch.rand(shape, generator=generator) >= dropout_p).double() / (1 - dropout_p)
 
 
+def _for_queries(of_keys: Tensor, group: int) -> Tensor:
+    return of_keys if of_keys.shape[0] == 1 else of_keys.repeat_interleave(group, 0)
+
+
 def _scores(q: Tensor, k: Tensor, scale: float, seen: Tensor) -> Tensor:
     group = q.shape[1] // k.shape[1]
     high_q, high_k = q.double().transpose(0, 1), k.double().transpose(0, 1).repeat_interleave(group, 0)
@@ -95,6 +112,7 @@ def forward(
         weights = weights * dropped(rng, number, dropout_p, tuple(weights.shape))
         group = q.shape[-2] // k.shape[-2]
         one = weights @ v[keys].double().transpose(0, 1).repeat_interleave(group, 0)
+        one = one + _for_queries(batch.nothing(keys, v), group)
         out[rows] = one.transpose(0, 1).to(q.dtype)
         batch.lse_at(lse, rows).copy_(sums.masked_fill(sums == -math.inf, empty_lse))
     return out, lse
@@ -120,6 +138,10 @@ def backward(
             dscores.transpose(-1, -2) @ q[rows].double().transpose(0, 1),
             (weights * factors).transpose(-1, -2) @ upstream,
         )
-        for gradient, one, which in zip(into, found, (rows, keys, keys), strict=True):
-            grouped = one.unflatten(0, (gradient.shape[-2], -1)).sum(1)
+        nothing = (
+            _for_queries(batch.nothing(keys, k, v), group), batch.nothing(rows, q, dout),
+            batch.nothing(rows, dout),
+        )  # fmt: skip
+        for gradient, one, zero, which in zip(into, found, nothing, (rows, keys, keys), strict=True):
+            grouped = (one + zero).unflatten(0, (gradient.shape[-2], -1)).sum(1)
             gradient[which] = grouped.transpose(0, 1).to(gradient.dtype)
