@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from packaged import ROOT, assert_right, block, inputs
+from packaged import DYNAMIC, ROOT, Varlen, assert_right, block, inputs
 
+import compiled_attn
 from compiled_attn import export
 
 pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
@@ -43,6 +44,45 @@ def test_a_package_runs_without_python(program, package, size, request, tmp_path
     assert done.returncode == 0, done.stderr
     (out,) = torch.load(tmp_path / "outputs.pt")
     assert_right(out, block(), x, keep)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_package_for_a_gpu_runs_without_python(program, backend, tmp_path):
+    """Lengths that the package was not made with, and a mask with holes; with `triton` our kernels are inside."""
+    model = block().to("cuda", torch.bfloat16)
+    given = [tensor.cuda() for tensor in inputs()]
+    given[0] = given[0].bfloat16()
+    path = tmp_path / "model.pt2"
+    export.package(model, tuple(given), path, backend=backend, dynamic_shapes=DYNAMIC, python_free=True)
+    for size in ((3, 17), (1, 200)):
+        x, keep = (tensor.cuda() for tensor in inputs(*size))
+        x = x.bfloat16()
+        torch.save([x, keep], tmp_path / "inputs.pt")
+        done = run(program, path, tmp_path / "inputs.pt", tmp_path / "outputs.pt")
+        assert done.returncode == 0, done.stderr
+        (out,) = torch.load(tmp_path / "outputs.pt")
+        with torch.no_grad(), compiled_attn.attention_backend(backend):
+            torch.testing.assert_close(out, model(x, keep))
+
+
+@pytest.mark.gpu
+def test_packed_sequences_on_a_gpu_run_without_python(program, tmp_path):
+    rows, starts = torch.export.Dim("T", min=2, max=4096), torch.export.Dim("N", min=2, max=64)
+    x = torch.randn(150, 4, 64, device="cuda", dtype=torch.bfloat16)
+    cu_seqlens = torch.tensor([0, 60, 150], device="cuda", dtype=torch.int32)
+    path = tmp_path / "model.pt2"
+    shapes = {"x": {0: rows}, "cu_seqlens": {0: starts}}
+    export.package(Varlen(), (x, cu_seqlens), path, backend="triton_varlen", dynamic_shapes=shapes, python_free=True)
+    x = torch.randn(517, 4, 64, device="cuda", dtype=torch.bfloat16)
+    cu_seqlens = torch.tensor([0, 0, 33, 400, 500], device="cuda", dtype=torch.int32)
+    torch.save([x, cu_seqlens], tmp_path / "inputs.pt")
+    done = run(program, path, tmp_path / "inputs.pt", tmp_path / "outputs.pt")
+    assert done.returncode == 0, done.stderr
+    (out,) = torch.load(tmp_path / "outputs.pt")
+    torch.testing.assert_close(
+        out, compiled_attn.varlen_attention(x, x, x, cu_seqlens, cu_seqlens, backend="triton_varlen")
+    )
 
 
 def test_what_needs_python_says_so(program, switch_package, tmp_path):

@@ -22,6 +22,7 @@ import compiled_attn
 from compiled_attn import archive, compilation, export, reference
 from compiled_attn.operators import Kernels
 from compiled_attn.registry import Backend, register_backend
+from compiled_attn.sources import others
 from compiled_attn.spec import Limits
 
 # ------------------------------------------------------------------------------------------- the backend is in the code
@@ -310,7 +311,7 @@ def test_marking_keeps_what_the_user_put_there() -> None:
         compilation.mark_caches()
         tag = torch.compiler.config.cache_key_tag
         compilation.mark_caches()
-        assert torch.compiler.config.cache_key_tag == tag == f"mine;compiled_attn={compilation.fingerprint()}"
+        assert torch.compiler.config.cache_key_tag == tag == f"mine;compiled_attn={compilation.fingerprint() + others()}"
 
 
 @pytest.mark.slow
