@@ -56,6 +56,9 @@ gpu: $(READY)
 	$(PYTHON) -m compiled_attn list --verify
 	$(PYTHON) -m compiled_attn promises --json out/promises.json
 	$(PYTHON) -m compiled_attn bench kernels --json out/kernels.json
+	$(PYTHON) -m compiled_attn bench ragged --json out/ragged.json
+	$(PYTHON) -m compiled_attn bench libraries --json out/libraries.json
+	$(PYTHON) -m compiled_attn bench packages --json out/packages.json
 	$(PYTHON) -m compiled_attn demo --device cuda --output out/demo
 
 lint: $(READY)

@@ -311,7 +311,9 @@ def test_marking_keeps_what_the_user_put_there() -> None:
         compilation.mark_caches()
         tag = torch.compiler.config.cache_key_tag
         compilation.mark_caches()
-        assert torch.compiler.config.cache_key_tag == tag == f"mine;compiled_attn={compilation.fingerprint() + others()}"
+        assert (
+            torch.compiler.config.cache_key_tag == tag == f"mine;compiled_attn={compilation.fingerprint() + others()}"
+        )
 
 
 @pytest.mark.slow

@@ -491,7 +491,7 @@ def without_extension(made, entry, flag):
 
 
 @pytest.mark.parametrize(
-    ("name", "flag"), zip(NAMES[2:5], ("SM89_ENABLED", "SM90_ENABLED", "SM80_ENABLED"), strict=True)
+    ("name", "flag"), list(zip(NAMES[2:5], ("SM89_ENABLED", "SM90_ENABLED", "SM80_ENABLED"), strict=True))
 )
 def test_a_build_without_the_extension_of_a_pinned_kernel(library, name, flag):
     home = without_extension(library(), "sageattn" + name.removeprefix("_sage"), flag)
