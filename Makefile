@@ -46,7 +46,7 @@ test: $(READY)
 test-full: $(READY)
 	mkdir -p out
 	status=0; $(PYTEST) -ra 2>&1 | tee out/test-full.log || status=$$?; \
-	{ $(PYTHON) -m compiled_attn machine; grep -v '%\]$$' out/test-full.log; } > docs/test-full.txt; \
+	{ $(PYTHON) -m compiled_attn machine; grep -v '%\]$$' out/test-full.log | sed -E 's#/[^ ]*/site-packages/##g'; } > docs/test-full.txt; \
 	exit $$status
 
 gpu: $(READY)

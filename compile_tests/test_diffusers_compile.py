@@ -323,6 +323,7 @@ def test_the_demo_allows_8_bit_kernels_what_such_noise_does(monkeypatch: pytest.
     assert measure._bound(prepared, "_native_math") < prepared.visible["scale doubled"]
 
 
+@pytest.mark.slow
 def test_demo_fails_when_something_recompiles(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, eager: None
 ) -> None:

@@ -112,15 +112,6 @@ def test_a_kernel_that_pytorch_lacks_is_a_failure_and_no_refusal():
     assert promises._told(caught.value)["result"] == FAILED
 
 
-def test_graphs_that_were_not_captured_are_a_failure(monkeypatch):
-    subject = promises.Subject("_native_math", "cpu")
-    x = subject.input()
-    monkeypatch.setattr(subject, "input", lambda **_: x)
-    subject.device = "cuda"  # as far as the cell can see; Inductor sees tensors of the CPU
-    with pytest.raises(AssertionError, match="captured no CUDA graph, 1 times"):
-        CELLS["reduce-overhead"](subject)
-
-
 def test_a_worker_that_died_or_would_download(monkeypatch):
     given = argparse.Namespace(backends=["native"], device="cpu", timeout=60)
     monkeypatch.setattr(promises.sys, "executable", shutil.which("false"))
