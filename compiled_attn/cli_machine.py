@@ -8,6 +8,8 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import shlex
+import sys
 from typing import Any
 
 import torch
@@ -56,6 +58,22 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "versions": versions,
     }
+
+
+def provenance() -> dict[str, Any]:
+    """What every kept result begins with: the command of this process, and :func:`machine`."""
+    return {"command": shlex.join(["python", "-m", "compiled_attn", *sys.argv[1:]]), **machine()}
+
+
+def processor_of(facts: dict[str, Any]) -> str:
+    """What ran the work, for a table's heading: the GPU of :func:`machine`'s facts, or without one the CPU."""
+    return facts["cpu"] if facts["gpu"] == "none" else facts["gpu"]  # type: ignore[no-any-return]
+
+
+def save(result: dict[str, Any], file: str | None) -> None:
+    """Write ``result`` to ``file`` as JSON, if one was asked for."""
+    if file:
+        pathlib.Path(file).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _processor() -> str:

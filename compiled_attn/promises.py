@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import pathlib
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from . import cli_table, reference, registry, watch
 from .cli_list import absences, fetched
-from .cli_machine import machine
+from .cli_machine import provenance, save
 from .compilation import compile
 from .export import load, package
 from .operators import NAMESPACE
@@ -308,13 +307,11 @@ def main(arguments: argparse.Namespace) -> int:
         for done in bar:
             rows[waiting[done]] = done.result()
     result = {
-        "command": shlex.join(["python", "-m", "compiled_attn", *sys.argv[1:]]),
-        **machine(),
+        **provenance(),
         "device": arguments.device,
         "rows": {name: rows[name] for name in names},
     }
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+    save(result, arguments.json)
     headers = ("backend", *CELLS)
     print(cli_table.text(headers, [(name, *(row[cell]["result"] for cell in CELLS)) for name, row in rows.items()]))
     wrong = [(name, cell, row[cell]["reason"]) for name, row in rows.items() for cell in CELLS

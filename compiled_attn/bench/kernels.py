@@ -8,11 +8,7 @@ and what our operator adds to a library's own call.
 from __future__ import annotations
 
 import argparse
-import json
-import pathlib
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +23,7 @@ import compiled_attn
 from compiled_attn import reference
 
 from .. import cli_table
-from ..cli_machine import machine
+from ..cli_machine import processor_of, provenance, save
 from .timing import ceiling, milliseconds
 
 
@@ -82,15 +78,13 @@ def main(arguments: argparse.Namespace) -> int:
             rows += list(_shape(shape, masked, dtype, device, arguments.backends, arguments.repeats))
     result: dict[str, Any] = {
         "benchmark": "kernels",
-        "command": shlex.join(["python", "-m", "compiled_attn", *sys.argv[1:]]),
-        **machine(),
+        **provenance(),
         "dtype": str(dtype).removeprefix("torch."),
         "matmul_tflops": ceiling(dtype, device),
         "boundary_us": _boundary(dtype, device),
         "rows": rows,
     }
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+    save(result, arguments.json)
     _print(result)
     wrong = [row for row in rows if not row["right"]]
     for row in wrong:
@@ -99,8 +93,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _print(result: dict[str, Any]) -> None:
-    where = result["cpu"] if result["gpu"] == "none" else result["gpu"]
-    print(f"{where}, {result['dtype']}; matrix product {result['matmul_tflops']:.0f} TFLOP/s")
+    print(f"{processor_of(result)}, {result['dtype']}; matrix product {result['matmul_tflops']:.0f} TFLOP/s")
     print("our operator over the kernel's own call, eager: " + f"{result['boundary_us']:.1f} us")
     cells = [
         (

@@ -10,10 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import json
-import pathlib
-import shlex
-import sys
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +23,7 @@ import compiled_attn
 from compiled_attn import registry
 
 from .. import cli_table
-from ..cli_machine import machine
+from ..cli_machine import processor_of, provenance, save
 from .timing import measure, milliseconds
 
 # backend: module, its public function, whether that takes (B, H, S, D); all others take (B, S, H, D)
@@ -71,16 +68,14 @@ def main(arguments: argparse.Namespace) -> int:
             {"backend": name, "eager_us": _eager(name, device), "step_ms": step, "library_step_ms": direct}
             | _masked(name, device, repeats)
         )
-    command = shlex.join(["python", "-m", "compiled_attn", *sys.argv[1:]])
-    result = {"benchmark": "libraries", "command": command, **machine(), "rows": rows}
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+    result = {"benchmark": "libraries", **provenance(), "rows": rows}
+    save(result, arguments.json)
     _print(result)
     return 0
 
 
 def _print(result: dict[str, Any]) -> None:
-    print(result["cpu"] if result["gpu"] == "none" else result["gpu"])
+    print(processor_of(result))
     cells = []
     for row in result["rows"]:
         more = row["step_ms"] / row["library_step_ms"] - 1
@@ -164,7 +159,7 @@ def _step(name: str, device: torch.device, repeats: int) -> tuple[float, float]:
         steps.append(torch.compile(blocks.requires_grad_(False), fullgraph=fullgraph))
         steps[-1](x)
     times = [[milliseconds(functools.partial(step, x), device, repeats) for step in steps] for _ in range(5)]
-    ours, direct = (sorted(column)[2] for column in zip(*times, strict=True))
+    ours, direct = (statistics.median(column) for column in zip(*times, strict=True))
     return ours, direct
 
 

@@ -8,9 +8,7 @@ them. Needs the packages of compiled_attn[demo].
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,7 +24,7 @@ from compiled_attn import export
 from compiled_attn.integrations import diffusers as integration
 
 from .. import cli_table
-from ..cli_machine import machine
+from ..cli_machine import processor_of, provenance, save
 from ..demo import measure, models
 
 
@@ -52,13 +50,11 @@ def main(arguments: argparse.Namespace) -> int:
             bar.set_postfix_str(name)
             rows.append(_package(prepared, name, pathlib.Path(folder) / f"{name}.pt2", arguments))
     _own_kernels(rows)
-    command = shlex.join(["python", "-m", "compiled_attn", *sys.argv[1:]])
     result = {
-        "benchmark": "packages", "command": command, **machine(), "model": prepared.subject.size,
+        "benchmark": "packages", **provenance(), "model": prepared.subject.size,
         "bound": prepared.bound, "rows": rows,
     }  # fmt: skip
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+    save(result, arguments.json)
     _print(result)
     wrong = [row["backend"] for row in rows if not row["right"]]
     if wrong:
@@ -67,8 +63,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _print(result: dict[str, Any]) -> None:
-    where = result["cpu"] if result["gpu"] == "none" else result["gpu"]
-    print(f"{where}, {result['model']}; error allowed {result['bound']:.2e}")
+    print(f"{processor_of(result)}, {result['model']}; error allowed {result['bound']:.2e}")
     cells = [
         (
             row["backend"], f"{row['build_s']:.0f}", f"{row['bytes'] / 1e6:.0f}", f"{row['load_s']:.2f}",

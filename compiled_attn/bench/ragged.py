@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import pathlib
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +20,7 @@ from tqdm import tqdm
 import compiled_attn
 
 from .. import cli_table
-from ..cli_machine import machine
+from ..cli_machine import provenance, save
 from .timing import ceiling, milliseconds
 
 # name: batch, query length, key length, heads, head_dim (docs/triton.md says whose they are)
@@ -86,16 +82,14 @@ def main(arguments: argparse.Namespace) -> int:
         masked.append(_masked(ours, name, sizes, dtype, device, repeats))
     result: dict[str, Any] = {
         "benchmark": "ragged",
-        "command": shlex.join(["python", "-m", "compiled_attn", *sys.argv[1:]]),
-        **machine(),
+        **provenance(),
         "dtype": str(dtype).removeprefix("torch."),
         "matmul_tflops": ceiling(dtype, device),
         "dense": dense,
         "ragged": ragged,
         "masked": masked,
     }
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+    save(result, arguments.json)
     _print(result)
     return 0
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import shlex
-import sys
 from typing import Any
 
 from .. import cli_table
-from ..cli_machine import machine
+from ..cli_machine import provenance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Row:
 
 def publish(name: str, rows: list[Row], notes: list[str], file: str | None, **facts: Any) -> None:
     """Print the table; write everything to ``file`` as JSON if one is given."""
-    about = machine()
+    about = provenance()
     print(f"{about['cpu']}, torch {about['versions']['torch']}, Python {about['versions']['python']}")
     cells = []
     last = None
@@ -44,8 +42,7 @@ def publish(name: str, rows: list[Row], notes: list[str], file: str | None, **fa
     for note in notes:
         print(note)
     if file is not None:
-        command = shlex.join(["python", "-m", "compiled_attn", *sys.argv[1:]])
-        result = {"benchmark": name, "command": command, **about, **facts, "notes": notes}
+        result = {"benchmark": name, **about, **facts, "notes": notes}
         result["rows"] = [dataclasses.asdict(row) for row in rows]
         pathlib.Path(file).write_text(json.dumps(result, indent=2) + "\n")
         print(f"written to {file}")

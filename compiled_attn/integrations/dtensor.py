@@ -74,12 +74,7 @@ def dense(
         dropout_p,
         *options,
     )
-    whole = DTensor.from_local(out, mesh, placements, run_check=False)
-    return_lse = options[-1]
-    if not return_lse:
-        return whole, whole
-    of_lse = [Shard(1) if _dim(placement) == 2 else placement for placement in placements]
-    return whole, DTensor.from_local(lse, mesh, of_lse, run_check=False)
+    return _whole(out, lse, mesh, placements, heads=2, return_lse=options[-1])
 
 
 def varlen(
@@ -103,11 +98,17 @@ def varlen(
         dropout_p,
         *options,
     )
+    return _whole(out, lse, mesh, placements, heads=1, return_lse=options[-1])
+
+
+def _whole(
+    out: Tensor, lse: Tensor, mesh: Any, placements: list[Any], heads: int, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """The ranks' results as DTensors; lse has its heads one dimension before the ``heads`` of out."""
     whole = DTensor.from_local(out, mesh, placements, run_check=False)
-    return_lse = options[-1]
     if not return_lse:
         return whole, whole
-    of_lse = [Shard(0) if _dim(placement) == 1 else placement for placement in placements]
+    of_lse = [Shard(heads - 1) if _dim(placement) == heads else placement for placement in placements]
     return whole, DTensor.from_local(lse, mesh, of_lse, run_check=False)
 
 
