@@ -128,14 +128,14 @@ def _shape(
         # the math kernel holds every score: 51 GB in float32 for wan480
         and not (name == "_native_math" and shape.q_length * shape.k_length * shape.heads > 2**31)
     ]
-    allowed = 2 * _error(_plain(q, k, v, keep), q, k, v, keep) + 1e-5
+    allowed = 2 * sampled_error(plain(q, k, v, keep), q, k, v, keep) + 1e-5
     native = None
     for name in names:
 
         def forward(name: str = name) -> Tensor:
             return compiled_attn.attention(q, k, v, key_padding_mask=keep, backend=name)
 
-        error = _error(forward(), q, k, v, keep)
+        error = sampled_error(forward(), q, k, v, keep)
         with torch.no_grad():
             ms = milliseconds(forward, device, repeats)
         if name == "native":
@@ -170,12 +170,12 @@ def _training(
     return milliseconds(step, device, max(repeats // 2, 1))
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
+def plain(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
     mask = None if keep is None else keep[:, None, None, :]
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
 
 
-def _error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> float:
+def sampled_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> float:
     """Relative error (Frobenius norm) against float64, over two heads and 512 queries spread over all."""
     rows = torch.linspace(0, q.shape[1] - 1, min(512, q.shape[1]), device=q.device).long()
     heads = torch.tensor([0, q.shape[2] - 1], device=q.device)
@@ -191,7 +191,7 @@ def _boundary(dtype: torch.dtype, device: torch.device) -> float:
     with torch.inference_mode():
         for _ in range(15):
             times = []
-            for run in (lambda: _plain(q, q, q, None), lambda: compiled_attn.attention(q, q, q, backend="native")):
+            for run in (lambda: plain(q, q, q, None), lambda: compiled_attn.attention(q, q, q, backend="native")):
                 began = time.perf_counter()
                 for _ in range(200):
                     run()
