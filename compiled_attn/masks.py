@@ -166,21 +166,24 @@ def empty_causal_rows(mask: Tensor, q_length: int) -> Tensor:
 def packing(key_padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """How the real keys of a batch are packed behind one another, for libraries that take cu_seqlens.
 
-    ``key_padding`` (B, Sk) bool. Returns ``source`` and ``target``, flat int64 (B * Sk,), and int32 cu_seqlens
-    (B + 1,): ``rows.index_select(0, source)`` packs the B * Sk rows of K or V, those of masked keys last, and
-    ``packed.index_select(0, target)`` brings them (or their gradients) back. No host sync, static shapes. Positions
-    change with it, so causal masks and windows do not survive. ``index_select`` on flat rows moves K or V at the speed
-    of a copy; ``take_along_dim`` is 6-8 times slower (2x4608x24x128 bf16, CPU).
+    ``key_padding`` (B, Sk) bool. Returns ``source`` and ``target``, flat int32 (B * Sk,), and int32 cu_seqlens
+    (B + 1,): ``rows.index_select(0, source)`` packs the real ones of the B * Sk rows of K or V, and behind them comes
+    the last of them again: kernels load tiles past the end of a sequence and multiply what is there by 0, which NaN and
+    infinity of a masked row would survive. ``packed.index_select(0, target)`` brings gradients back, if the packed rows
+    behind the last sequence hold 0. No host sync, static shapes. Positions change with it, so causal masks and windows
+    do not survive. ``index_select`` on flat rows moves K or V at the speed of a copy; ``take_along_dim`` is 6-8 times
+    slower (2x4608x24x128 bf16, CPU).
     """
     flat = key_padding.flatten()
-    front = flat.cumsum(0) - 1
-    back = front[-1:] + (~flat).cumsum(0) if flat.numel() else front
-    target = torch.where(flat, front, back)
-    rows = torch.arange(flat.shape[0], device=flat.device)
-    source = torch.zeros_like(rows).scatter_(0, target, rows)
+    places = torch.arange(flat.shape[0], dtype=torch.int32, device=flat.device)
+    front = flat.cumsum(0, dtype=torch.int32) - 1
+    target = torch.where(flat, front, max(flat.shape[0] - 1, 0))  # behind the real ones, if any is masked
+    last = torch.where(flat, places, 0).amax() if flat.numel() else places.new_zeros(())
+    # the rows of masked keys are written one behind the last, where nobody looks
+    source = last.expand(flat.shape[0] + 1).clone().scatter_(0, torch.where(flat, front, flat.shape[0]).long(), places)
     cu_seqlens = torch.zeros(key_padding.shape[0] + 1, dtype=torch.int32, device=flat.device)
     torch.cumsum(key_padding.sum(1), 0, dtype=torch.int32, out=cu_seqlens[1:])
-    return source, target, cu_seqlens
+    return source[:-1], target, cu_seqlens
 
 
 def dense_cu_seqlens(batch: int, length: int, device: torch.device) -> Tensor:

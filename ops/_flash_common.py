@@ -19,6 +19,7 @@ from compiled_attn.operators import Kernels, expected_shapes, lse_dtype
 from compiled_attn.spec import CAUSAL, LOW_PRECISION, LOWER_RIGHT, Call, Limits
 
 from ._native_dense import aligned, empty_to, fit, resolved_scale
+from ._packing import Packing
 
 # cu_seqlens_q, cu_seqlens_k and bounds of the lengths of query and key; None for a dense call
 Lengths = tuple[Tensor, Tensor, int, int]
@@ -148,30 +149,24 @@ class _Packed:
 
     def __init__(self, q: Tensor, k: Tensor, key_padding: Tensor | None) -> None:
         self.batch, self.k_length = k.shape[:2]
-        self.target: Tensor | None = None
-        self.source: Tensor | None = None
-        if key_padding is None:
+        self.packing = None if key_padding is None else Packing(key_padding)
+        if self.packing is None:
             cu_seqlens_k = masks.dense_cu_seqlens(self.batch, self.k_length, k.device)
         else:
-            source, self.target, cu_seqlens_k = masks.packing(key_padding)
-            # FlashAttention-3 and 4 load tiles past the end of a sequence and multiply what is there by 0, which NaN
-            # and infinity survive: behind the last key comes that key again, instead of the masked ones. A few small
-            # kernels over B * Sk indices, where clearing K and V would copy both once more.
-            place = torch.arange(source.shape[0], device=source.device)
-            self.source = source.index_select(0, place.minimum(cu_seqlens_k[-1:] - 1).clamp_(min=0))
+            cu_seqlens_k = self.packing.cu_seqlens
         self.lengths = (
             masks.dense_cu_seqlens(self.batch, q.shape[1], q.device), cu_seqlens_k, q.shape[1], self.k_length
         )  # fmt: skip
 
-    def keys(self, rows: Tensor) -> Tensor:
-        """K or V (B, Sk, H, D) packed."""
-        flat = rows.flatten(0, 1)
-        return flat if self.source is None else flat.index_select(0, self.source)
+    def keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V (B, Sk, H, D) packed."""
+        return (k.flatten(0, 1), v.flatten(0, 1)) if self.packing is None else self.packing.pack(k, v)
 
     def unpacked(self, rows: Tensor) -> Tensor:
         """The gradient of K or V (B, Sk, H, D) from the packed one; rows of masked keys are 0 in both."""
-        flat = rows if self.target is None else rows.index_select(0, self.target)
-        return flat.unflatten(0, (self.batch, self.k_length))
+        if self.packing is None:
+            return rows.unflatten(0, (self.batch, self.k_length))
+        return self.packing.unpacked(rows)
 
 
 def kernels(package: Loader, dropout: bool = False) -> tuple[Kernels, Kernels, Kernels]:
@@ -193,9 +188,9 @@ def kernels(package: Loader, dropout: bool = False) -> tuple[Kernels, Kernels, K
             if key_padding is None and not always_pack and not library.packs(q.shape[1], k.shape[1], options[2]):
                 return _call(library, q, k, v, None, *options, dropout_p, return_lse)
             packed = _Packed(q, k, key_padding)
+            key, value = packed.keys(k, v)
             out, lse, rng = _call(
-                library, q.flatten(0, 1), packed.keys(k), packed.keys(v), packed.lengths, *options, dropout_p,
-                return_lse,
+                library, q.flatten(0, 1), key, value, packed.lengths, *options, dropout_p, return_lse
             )  # fmt: skip
             if lse is not None:
                 lse = lse.unflatten(1, q.shape[:2]).transpose(0, 1)
@@ -216,8 +211,9 @@ def kernels(package: Loader, dropout: bool = False) -> tuple[Kernels, Kernels, K
             if key_padding is None and not always_pack and not library.packs(q.shape[1], k.shape[1], options[2]):
                 return *_call_backward(library, grad_out, q, k, v, out, lse, None, *options), None
             packed = _Packed(q, k, key_padding)
+            key, value = packed.keys(k, v)
             dq, dk, dv = _call_backward(
-                library, grad_out.flatten(0, 1), q.flatten(0, 1), packed.keys(k), packed.keys(v), out.flatten(0, 1),
+                library, grad_out.flatten(0, 1), q.flatten(0, 1), key, value, out.flatten(0, 1),
                 lse.transpose(0, 1).flatten(1), packed.lengths, *options,
             )  # fmt: skip
             return dq.unflatten(0, q.shape[:2]), packed.unpacked(dk), packed.unpacked(dv), None

@@ -19,7 +19,7 @@ from compiled_attn.spec import ALIGN_LOWER_RIGHT, CAUSAL
 
 from ._hopper_forward import hopper_forward
 from ._hopper_plan import RECORD, gather_keys, key_blocks, tile_plan
-from ._triton_launch import _on
+from ._quick_launch import launch, on
 
 ROWS = 64
 FAR = 1 << 30
@@ -142,48 +142,17 @@ class Listed:
         )
         copies = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (k, v)]
         index = k.device.index
-        _launch(
+        launch(
             key_blocks, (batch, 1, 1), (key_padding, order, count, blocks, *key_padding.stride(), length, self.room),
             {"BLOCK_K": block_k, "BLOCK": _KEY_BLOCK}, 8, index,
         )  # fmt: skip
-        _launch(
+        launch(
             gather_keys, (-(-length // _COPY_ROWS), batch, 1),
             (k, v, *copies, order, count, blocks, *k.stride()[:2], *v.stride()[:2], length, self.room),
             {"WIDTH": heads * head_dim, "BLOCK_K": block_k, "ROWS": _COPY_ROWS, "COLUMNS": _COPY_COLUMNS}, 4, index,
         )  # fmt: skip
         self.lists = (count, blocks)
         self.key, self.value, *self.copies = (tensor.flatten(0, 1) for tensor in (k, v, *copies))
-
-
-def _form(argument: Any) -> Any:
-    """What Triton compiles in of an argument: dtype, alignment, the width of an integer."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, TensorDescriptor):
-        return argument.base.dtype
-    return type(argument) if type(argument) is not int else -(1 << 31) <= argument < 1 << 31
-
-
-_compiled: dict[tuple[Any, ...], Any] = {}
-
-
-def _launch(
-    kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: dict[str, Any], warps: int,
-    index: int | None,
-) -> None:  # fmt: skip
-    """``kernel`` on the current stream; ``constants`` in the order of its parameters, which they end.
-
-    Triton finds the compiled form of a call by its arguments, in 0.1 ms and more where TMA descriptors are among them.
-    Here what the form depends on is known; no integer is specialised.
-    """
-    key = (kernel, index, *map(_form, arguments), *constants.values())
-    compiled = _compiled.get(key)
-    if compiled is None:
-        compiled = kernel[grid](*arguments, **constants, num_warps=warps)
-        if compiled is not None:  # by Triton's interpreter it is
-            _compiled[key] = compiled
-        return
-    compiled[grid](*arguments, *constants.values())
 
 
 def forward(
@@ -217,7 +186,7 @@ def forward(
     if right >= 0:
         together = max(_TOGETHER // (4 * max(k_length, 1) * width), 1)
     listed, copies, lists, room = None, [None, None], (out, out), 0
-    with _on(q.device):
+    with on(q.device):
         if key_padding is not None:
             listed = Listed(k, v, key_padding, config.block_k)
             k, v, lists, room = listed.key, listed.value, listed.lists, listed.room
@@ -226,7 +195,7 @@ def forward(
             tiles = q_length // block_q + batch + 1
             turns = tiles * heads
             plan = torch.empty((tiles, RECORD), dtype=torch.int32, device=q.device)
-            _launch(
+            launch(
                 tile_plan, (batch + 1, 1, 1), (*starts, plan, batch, q_length, k_length, tiles),
                 {"BLOCK_Q": block_q, "BLOCK": _PLAN_BLOCK}, 4, q.device.index,
             )  # fmt: skip
@@ -241,7 +210,7 @@ def forward(
         rows = [_descriptor(tensor, config.block_k, width) for tensor in (k, v)]
         if listed is not None:
             copies = [_descriptor(tensor, config.block_k, width) for tensor in listed.copies]
-        _launch(
+        launch(
             hopper_forward, (programs, 1, 1),
             (
                 _descriptor(q, ROWS, width), *rows, *copies, _descriptor(out, ROWS, width), out if lse is None else lse,

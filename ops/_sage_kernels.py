@@ -19,6 +19,7 @@ from compiled_attn.spec import CAUSAL, report
 
 from ._flash_common import current_device
 from ._native_dense import aligned
+from ._packing import Packing
 from ._sage_library import BLOCK_K, BLOCK_Q, PACKED_WIDTHS, Dense, Packed
 
 Forward = tuple[Tensor, Tensor | None, Tensor | None]
@@ -191,15 +192,15 @@ def _flattened(
     library: Packed, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
     """Dense attention by the packed kernels: (B, Sq, H, D). Of masked keys nothing is left in the packed ones."""
-    batch, length = q.shape[:2]
-    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    batch, length, longest = *q.shape[:2], k.shape[1]
     cu_seqlens_q = masks.dense_cu_seqlens(batch, length, q.device)
     if key_padding is None:
-        cu_seqlens_k = masks.dense_cu_seqlens(batch, k.shape[0] // batch, q.device)
+        cu_seqlens_k = masks.dense_cu_seqlens(batch, longest, q.device)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
     else:
-        source, _, cu_seqlens_k = masks.packing(key_padding)
-        k, v = k.index_select(0, source), v.index_select(0, source)
-    longest = k.shape[0] // batch
+        packing = Packing(key_padding)
+        cu_seqlens_k = packing.cu_seqlens
+        k, v = packing.pack(k, v)
     out = _packed(library, q.flatten(0, 1), k, v, cu_seqlens_q, cu_seqlens_k, length, longest, is_causal, scale)
     return out.unflatten(0, (batch, length))
 

@@ -6,7 +6,6 @@ eager calls, CUDA graphs and tracing with symbolic sizes.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from compiled_attn import masks
 from compiled_attn.spec import ALIGN_LOWER_RIGHT, CAUSAL
 
+from ._quick_launch import on
 from ._triton_backward import attention_dkv, attention_dq
 from ._triton_configs import choose, parts, target_of
 from ._triton_forward import attention_forward
@@ -148,15 +148,8 @@ class _Plan:
         if isinstance(self.q, FunctionalTensor):  # traced: the kernel becomes a node that Inductor takes in
             torch.library.wrap_triton(kernel)[grid](*arguments, **constants)
             return
-        with _on(self.q.device):
+        with on(self.q.device):
             kernel[grid](*arguments, **constants)
-
-
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 def forward(

@@ -306,7 +306,7 @@ def installed() -> Any:
             language.program_id = lambda axis, program=program: tile(program)
             kernel.fn(*made, **constants)
 
-    _hopper_launch._launch = launch
+    _hopper_launch.launch = launch
     _hopper_launch._processors = lambda index: PROCESSORS
     return _hopper_launch
 

@@ -169,17 +169,22 @@ def test_empty_rows_under_a_causal_mask(q_length):
 
 
 @pytest.mark.parametrize("shape", [(4, 11), (1, 1), (3, 0), (0, 5), (1, 33)], ids=str)
-def test_packing_brings_the_real_keys_of_all_sequences_together_and_back(shape):
-    padding = keep(*shape)
-    padding[1:2] = False
+@pytest.mark.parametrize("masked", ["some", "all", "none"])
+def test_packing_brings_the_real_keys_of_all_sequences_together_and_back(shape, masked):
+    padding = keep(*shape) if masked == "some" else torch.full(shape, masked == "none")
+    padding[1:2] = masked == "none"
     source, target, cu_seqlens = masks.packing(padding)
     rows = torch.randn(padding.numel(), 3)
     packed = rows.index_select(0, source)
     real = padding.flatten().nonzero().flatten()
     torch.testing.assert_close(packed[: len(real)], rows[real])
-    torch.testing.assert_close(packed.index_select(0, target), rows)
+    if len(real):  # behind the last comes the last again, never a masked one
+        torch.testing.assert_close(packed[len(real) :], rows[real[-1:]].expand(len(rows) - len(real), 3))
+    packed[len(real) :] = 0.0  # as gradients are
+    torch.testing.assert_close(packed.index_select(0, target), rows * padding.flatten()[:, None])
     torch.testing.assert_close(cu_seqlens.diff(), padding.sum(1).to(torch.int32))
     assert cu_seqlens[0] == 0
+    assert (source.dtype, target.dtype, cu_seqlens.dtype) == (torch.int32,) * 3
 
 
 # sequences of 3 and 2, 0 and 4, 5 and 0 queries and keys; two rows and one key behind the last one

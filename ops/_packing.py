@@ -1,0 +1,80 @@
+"""Keys packed by a key-padding mask, for libraries that take cu_seqlens: two kernels on a GPU that has Triton, plain
+PyTorch elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_attn import masks
+
+from ._triton_functions import has_triton
+
+_PLACE_BLOCK, _ROW_BLOCK = 4096, 64
+
+
+class Packing:
+    """Where the real keys of a batch go: ``key_padding`` (B, Sk) bool. ``cu_seqlens`` is int32 (B + 1,).
+
+    Memory for K and V once more, no host sync. Rows behind the last real key hold that one again (masks.packing).
+    """
+
+    def __init__(self, key_padding: Tensor) -> None:
+        self.batch, self.length = key_padding.shape
+        self._kernels = _kernels(key_padding.device)
+        if self._kernels is None:
+            self._source, self._target, self.cu_seqlens = masks.packing(key_padding)
+            return
+        total, device = self.batch * self.length, key_padding.device
+        self._source, self._target = torch.empty((2, total), dtype=torch.int32, device=device)
+        self.cu_seqlens = torch.empty(self.batch + 1, dtype=torch.int32, device=device)
+        quick, kernels = self._kernels
+        with quick.on(device):
+            quick.launch(
+                kernels.place_keys, (1, 1, 1),
+                (key_padding, self._source, self._target, self.cu_seqlens, *key_padding.stride(), *key_padding.shape),
+                {"BLOCK": _PLACE_BLOCK}, 16, device.index,
+            )  # fmt: skip
+
+    def pack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V (B, Sk, H, D), any strides, as (B * Sk, H, D)."""
+        if self._kernels is None:
+            return k.flatten(0, 1).index_select(0, self._source), v.flatten(0, 1).index_select(0, self._source)
+        heads, total = k.shape[2], self.batch * self.length
+        k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (k, v))
+        packed = [tensor.new_empty((total, heads, tensor.shape[3])) for tensor in (k, v)]
+        strides = [stride for tensor in (k, v) for stride in tensor.stride()[:3]]
+        widths = [tensor.shape[3] for tensor in (k, v)]
+        unit = 1 if any(number % 8 for number in (*strides, *widths)) else 8
+        quick, kernels = self._kernels
+        with quick.on(k.device):
+            quick.launch(
+                kernels.pack_rows, (-(-total // _ROW_BLOCK) * heads, 1, 1),
+                (k, v, *packed, self._source, *(stride // unit for stride in strides), heads, self.length, total),
+                {
+                    "D_K": widths[0], "D_V": widths[1], "WIDTH_K": _power(widths[0]), "WIDTH_V": _power(widths[1]),
+                    "UNIT": unit, "BLOCK": _ROW_BLOCK,
+                },
+                4, k.device.index,
+            )  # fmt: skip
+        return packed[0], packed[1]
+
+    def unpacked(self, rows: Tensor) -> Tensor:
+        """The gradient of K or V (B, Sk, H, D) from the packed one, whose rows behind the last sequence are 0."""
+        return rows.index_select(0, self._target).unflatten(0, (self.batch, self.length))
+
+
+def _power(width: int) -> int:
+    return 1 << (width - 1).bit_length()
+
+
+def _kernels(device: torch.device) -> tuple[Any, Any] | None:
+    """The launcher and the kernels, where a GPU runs them; triton is imported by the first such call."""
+    if device.type != "cuda" or not has_triton():
+        return None
+    from . import _packing_kernels, _quick_launch
+
+    return _quick_launch, _packing_kernels

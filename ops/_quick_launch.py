@@ -1,0 +1,51 @@
+"""Triton kernels launched from eager calls without what Triton asks at each launch.
+
+For kernels that are not specialised on any integer: Triton then finds the compiled form by what :func:`_form` looks at,
+in 0.1 ms and more where TMA descriptors are among the arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def on(device: torch.device) -> Any:
+    """Triton launches on the current device."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _form(argument: Any) -> Any:
+    """What Triton compiles in of an argument: dtype, alignment, the width of an integer."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if type(argument) is int:
+        return -(1 << 31) <= argument < 1 << 31
+    if type(argument) is float:
+        return float
+    return argument.base.dtype  # a TensorDescriptor
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(
+    kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: dict[str, Any], warps: int,
+    index: int | None,
+) -> None:  # fmt: skip
+    """``kernel`` on the current stream of the current device, ``index``; ``constants`` in the order of its parameters,
+    which they end.
+    """
+    key = (kernel, index, *map(_form, arguments), *constants.values())
+    compiled = _compiled.get(key)
+    if compiled is None:
+        compiled = kernel[grid](*arguments, **constants, num_warps=warps)
+        if compiled is not None:  # by Triton's interpreter it is
+            _compiled[key] = compiled
+        return
+    compiled[grid](*arguments, *constants.values())
