@@ -45,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 HOPPER: dict[str, dict[str, Any]] = {
     "plain": {},
+    "long": {"ORDERED": False},
     "causal": {"RIGHT": True},
     "packed": {"VARLEN": True},
     "listed": {"LISTED": True},
@@ -97,7 +98,7 @@ def hopper(head_dim: int, variant: str) -> tuple[Any, Any]:
     width = _hopper_launch.width_of(head_dim)
     flags = ("LEFT", "RIGHT", "LOWER_RIGHT", "VARLEN", "LISTED")
     constants: dict[str, Any] = {
-        "GROUP": 1, **dict.fromkeys(flags, False), **more, "LSE": True, **config.constants(), "WIDTH": width,
+        "GROUP": 1, **dict.fromkeys(flags, False), "LSE": True, **config.constants(1000), **more, "WIDTH": width,
     }  # fmt: skip
     if not constants["LISTED"]:
         constants.update(k_copies=None, v_copies=None)

@@ -78,7 +78,7 @@ def test_shipped_configurations_in_every_variant_on_hopper(width):
 @pytest.mark.parametrize(
     ("width", "variants"),
     [
-        ("128", "plain"),
+        ("128", "plain,long"),
         *(
             pytest.param(width, "plain,causal,packed,listed,window", marks=pytest.mark.slow)
             for width in ("64", "96", "256")

@@ -7,7 +7,6 @@ a :class:`Library`.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any, Protocol
 
@@ -57,15 +56,6 @@ class Loader(Protocol):
 
     def load(self) -> Any:
         """The :class:`Library`."""
-
-
-def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make ``device`` current, and the one of before again afterwards.
-
-    For libraries in Python, whose launches have no guard: SageAttention 1.0.6 launches on the current device, whatever
-    q's is, 2.x calls torch.cuda.set_device and leaves it so; FlashAttention-4 asks the current one what it is.
-    """
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def fake_dropout_state(q: Tensor, dropout_p: float) -> Tensor:

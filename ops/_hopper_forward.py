@@ -26,12 +26,6 @@ from ._hopper_tiles import FAR, ROWS, keys_of, place_of, produce, turn_of
 
 
 @gluon.jit
-def size_of(Listed, block):
-    """Keys of a block in the list of a key-padding mask."""
-    return gl.load(Listed + 2 * block + 1) - gl.load(Listed + 2 * block)
-
-
-@gluon.jit
 def hide(
     scores, rows, place, end, left, right,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, BLOCK_K: gl.constexpr, layout: gl.constexpr,
@@ -89,9 +83,9 @@ def soften(scores, top, total, scale, CHECK: gl.constexpr):
 
 @gluon.jit
 def walk(
-    acc, weights, top, total, fade, q_slot, slots, barriers, Listed, step_from, step_to, done, taken, blocks,
+    acc, weights, top, total, fade, q_slot, slots, barriers, step_from, step_to, done, taken, blocks,
     begin, end, rows, left, right, scale, never,
-    part: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, CHECK: gl.constexpr, LISTED: gl.constexpr,
+    part: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, CHECK: gl.constexpr,
     CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
     ORDERED: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
@@ -107,9 +101,6 @@ def walk(
         number = done + step
         k_slot = number % K_SLOTS
         v_slot = (number - 1) % V_SLOTS
-        size = BLOCK_K
-        if LISTED:
-            size = size_of(Listed, blocks - 1 - step)
         mbarrier.wait(k_full.index(k_slot), (number // K_SLOTS) & 1)
         if ORDERED:
             # steps taken by this warpgroup so far: all but the first block of each turn
@@ -126,9 +117,6 @@ def walk(
             scores = hide(
                 scores, rows, begin + (blocks - 1 - step) * BLOCK_K, end, left, right, LEFT, RIGHT, BLOCK_K, s_layout
             )
-        if LISTED:
-            if size < BLOCK_K:
-                scores = hide(scores, rows, 0, size, left, right, False, False, BLOCK_K, s_layout)
         fresh, top, total, fade = soften(scores, top, total, scale, CHECK)
         weights = gl.convert_layout(fresh.to(weights.dtype), p_layout)
         # Never so. The branch keeps ptxas 12.8 from moving the wait below in front of the softmax, which would then run
@@ -162,7 +150,7 @@ def consume(
     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
     q_slots, k_slots, v_slots = slots
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _order = barriers
-    Plan, Count, Blocks = tables
+    Plan, Count, _whole = tables
     _, heads, _, q_length, _, _ = sizes
     done = 0
     taken = 0
@@ -177,13 +165,11 @@ def consume(
             )
             place = begin + (blocks - 1) * BLOCK_K
             cut = plain_begin > 0
-            Listed = Blocks
             if LISTED:
-                Listed = Blocks + number * room * 2
                 blocks = gl.load(Count + number * 4)
                 plain_end = blocks
                 place = 0
-                end = size_of(Listed, blocks - 1)
+                end = gl.load(Count + number * 4 + 3)
                 cut = end < BLOCK_K
             within = first + part * ROWS + gl.arange(0, ROWS, layout=s_row)
             rows = within + shift
@@ -212,21 +198,21 @@ def consume(
             if RIGHT or LEFT:
                 tested = gl.maximum(plain_begin, 1)
                 acc, weights, top, total, fade = walk(
-                    acc, weights, top, total, fade, q_slot, slots, barriers, Listed, 1, tested, done, taken,
+                    acc, weights, top, total, fade, q_slot, slots, barriers, 1, tested, done, taken,
                     blocks, begin, end, rows, left, right, scale, never,
-                    part, LEFT, RIGHT, True, False, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ORDERED, s_layout, o_layout,
+                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ORDERED, s_layout, o_layout,
                 )  # fmt: skip
             acc, weights, top, total, fade = walk(
-                acc, weights, top, total, fade, q_slot, slots, barriers, Listed, tested, plain_end, done, taken,
+                acc, weights, top, total, fade, q_slot, slots, barriers, tested, plain_end, done, taken,
                 blocks, begin, end, rows, left, right, scale, never,
-                part, LEFT, RIGHT, False, LISTED, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ORDERED, s_layout, o_layout,
+                part, LEFT, RIGHT, False, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ORDERED, s_layout, o_layout,
             )  # fmt: skip
             if LEFT:
                 plain_end = gl.maximum(plain_end, tested)
                 acc, weights, top, total, fade = walk(
-                    acc, weights, top, total, fade, q_slot, slots, barriers, Listed, plain_end, blocks, done, taken,
+                    acc, weights, top, total, fade, q_slot, slots, barriers, plain_end, blocks, done, taken,
                     blocks, begin, end, rows, left, right, scale, never,
-                    part, LEFT, RIGHT, True, False, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ORDERED, s_layout, o_layout,
+                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ORDERED, s_layout, o_layout,
                 )  # fmt: skip
             done += blocks
             slot = (done - 1) % V_SLOTS
@@ -268,7 +254,7 @@ _PLAIN = ["room", "turns", "tiles", "heads", "batch", "q_length", "k_length", "t
 
 @gluon.jit(do_not_specialize=_PLAIN)
 def hopper_forward(
-    q_rows, k_rows, v_rows, k_copies, v_copies, out_rows, Lse, Plan, Count, Blocks,
+    q_rows, k_rows, v_rows, k_copies, v_copies, out_rows, Lse, Plan, Count, Whole,
     room, turns, tiles, heads, batch, q_length, k_length, together, left, right, scale, never,
     GROUP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, VARLEN: gl.constexpr,
     LISTED: gl.constexpr, LSE: gl.constexpr, WIDTH: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr,
@@ -278,7 +264,7 @@ def hopper_forward(
 
     Dimensions of a descriptor: 1, batch, head, row, column; packed: the two of :data:`FAR`, head, row, column. Columns
     from head_dim to WIDTH read as zeros. ``turns`` tiles are shared out among the programs of the grid. Plan is
-    tile_plan's, Count, Blocks and the copies are key_blocks' and gather_keys' (packed over the batch), where VARLEN and
+    tile_plan's, Count, Whole and the copies are key_blocks' and gather_keys' (packed over the batch), where VARLEN and
     LISTED ask for them. ``scale`` is positive and for base 2. ``never`` is 0.
     """
     dtype: gl.constexpr = q_rows.dtype
@@ -309,7 +295,7 @@ def hopper_forward(
     fence_async_shared()
     slots = (q_slots, k_slots, v_slots)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, order)
-    tables = (Plan, Count, Blocks)
+    tables = (Plan, Count, Whole)
     sizes = (tiles, heads, batch, q_length, k_length, together)
     if CONSUMERS == 2:
         gl.warp_specialize(

@@ -69,90 +69,65 @@ def tile_plan(StartsQ, StartsK, Plan, batch, q_total, k_total, records, BLOCK_Q:
             tl.store(record + 5, 0, mask=inside)
 
 
-@triton.jit
-def most(one, other):
-    return tl.maximum(one, other)
-
-
 @triton.jit(do_not_specialize=["keep_batch", "keep_key", "length", "room"])
 def key_blocks(
-    Keep, Order, Count, Blocks, keep_batch, keep_key, length, room, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr
+    Keep, Order, Count, Whole, keep_batch, keep_key, length, room, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of each sequence of Keep (B, Sk) bool: runs of real keys, cut into blocks of at most BLOCK_K.
+    """Of each sequence of Keep (B, Sk) bool, what the kernel for sm_90 walks over in blocks of BLOCK_K keys.
 
-    Blocks (B, room, 2) has begin and end of each, in rows of all batches; Order (B, Sk) the real keys one behind the
-    other; Count (B, 4) the number of blocks, of real keys, and 1 where the runs are so short that their blocks are not
-    worth it, so that :func:`gather_keys` shall copy the keys. One program for each sequence.
+    Whole (B, room) lists the blocks whose keys are all real, which are read in place. Order (B, Sk) lists the other
+    real keys, which :func:`gather_keys` packs: so no block but the last packed one needs a test. Count (B, 4) has the
+    number of blocks, of whole ones, of keys to pack, and of keys in the last block. One program for each sequence.
     """
+    ROWS: tl.constexpr = BLOCK // BLOCK_K
     number = tl.program_id(0)
     Keep += number.to(tl.int64) * keep_batch
     Order += number.to(tl.int64) * length
-    Blocks += number * room * 2
-    base = number * length
-    keys = 0
-    blocks = 0
-    started = 0
+    Whole += number * room
+    whole = 0
+    rest = 0
     for begin in range(0, length, BLOCK):
-        places = begin + tl.arange(0, BLOCK)
-        pointers = Keep + places.to(tl.int64) * keep_key
-        real = tl.load(pointers, mask=places < length, other=False).to(tl.int32)
-        previous = tl.load(pointers - keep_key, mask=(places > 0) & (places <= length), other=False).to(tl.int32)
-        following = tl.load(pointers + keep_key, mask=places + 1 < length, other=False).to(tl.int32)
-        starts = (real != 0) & (previous == 0)
-        run = tl.associative_scan(tl.where(starts, places, 0), 0, most)
-        run = tl.maximum(run, started)  # a run that began in an earlier chunk
-        within = (places - run) % BLOCK_K
-        opens = ((real != 0) & (within == 0)).to(tl.int32)
-        closes = (real != 0) & ((within == BLOCK_K - 1) | (following == 0))
-        of_block = blocks + tl.cumsum(opens, 0) - 1
-        tl.store(Blocks + of_block * 2, base + places, mask=(opens != 0) & (of_block < room))
-        tl.store(Blocks + of_block * 2 + 1, base + places + 1, mask=closes & (of_block < room))
-        rank = keys + tl.cumsum(real, 0) - real
-        tl.store(Order + rank, places, mask=real != 0)
-        keys += tl.sum(real, 0)
-        blocks += tl.sum(opens, 0)
-        started = tl.maximum(started, tl.max(tl.where(starts, places, 0), 0))
-    packed = (keys + BLOCK_K - 1) // BLOCK_K
-    copied = blocks > packed + 1 + packed // 16
+        blocks = begin // BLOCK_K + tl.arange(0, ROWS)
+        places = blocks[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+        real = tl.load(Keep + places.to(tl.int64) * keep_key, mask=places < length, other=False).to(tl.int32)
+        keys = tl.sum(real, 1)
+        full = (keys == BLOCK_K).to(tl.int32)
+        tl.store(Whole + whole + tl.cumsum(full, 0) - 1, blocks, mask=full != 0)
+        left = keys * (1 - full)
+        rank = (rest + tl.cumsum(left, 0) - left)[:, None] + tl.cumsum(real, 1) - real
+        tl.store(Order + rank, places, mask=(real != 0) & (full == 0)[:, None])
+        whole += tl.sum(full, 0)
+        rest += tl.sum(left, 0)
+    packed = (rest + BLOCK_K - 1) // BLOCK_K
+    if whole + rest == 0:
+        packed = 1  # one block without keys, so that rows without keys are written
     Count += number * 4
-    tl.store(Count, tl.maximum(tl.where(copied, packed, blocks), 1))
-    tl.store(Count + 1, keys)
-    tl.store(Count + 2, copied.to(tl.int32))
-    if blocks == 0:  # one block without keys, so that rows without keys are written
-        tl.store(Blocks, base)
-        tl.store(Blocks + 1, base)
+    tl.store(Count, whole + packed)
+    tl.store(Count + 1, whole)
+    tl.store(Count + 2, rest)
+    tl.store(Count + 3, tl.where(packed > 0, rest - (packed - 1) * BLOCK_K, BLOCK_K))
 
 
-@triton.jit(do_not_specialize=["k_batch", "k_row", "v_batch", "v_row", "length", "room"])
+@triton.jit(do_not_specialize=["k_batch", "k_row", "v_batch", "v_row", "length"])
 def gather_keys(
-    K, V, KeysTo, ValuesTo, Order, Count, Blocks, k_batch, k_row, v_batch, v_row, length, room,
-    WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    K, V, KeysTo, ValuesTo, Order, Count, k_batch, k_row, v_batch, v_row, length,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Where :func:`key_blocks` asked for it: real rows of K and V (WIDTH columns together) copied to the front of their
-    sequence in KeysTo and ValuesTo (B, Sk, ...), and Blocks of those. Grid: (rows // ROWS, batch)."""
+    """Keys and values (WIDTH columns together) in :func:`key_blocks`' Order, packed at the front of their sequence in
+    KeysTo and ValuesTo (B, Sk, ...). Grid: (Sk // ROWS, batch, WIDTH // COLUMNS).
+    """
     number = tl.program_id(1)
-    if tl.load(Count + number * 4 + 2) == 0:
-        return
-    keys = tl.load(Count + number * 4 + 1)
+    rest = tl.load(Count + number * 4 + 2)
     first = tl.program_id(0) * ROWS
-    if first == 0:
-        for start in range(0, (keys + BLOCK_K - 1) // BLOCK_K, ROWS):
-            block = start + tl.arange(0, ROWS)
-            inside = block * BLOCK_K < keys
-            begin = number * length + block * BLOCK_K
-            tl.store(Blocks + (number * room + block) * 2, begin, mask=inside)
-            end = number * length + tl.minimum((block + 1) * BLOCK_K, keys)
-            tl.store(Blocks + (number * room + block) * 2 + 1, end, mask=inside)
-    if first >= keys:
+    if first >= rest:
         return
     rows = first + tl.arange(0, ROWS)
     batch = number.to(tl.int64)
-    source = tl.load(Order + batch * length + rows, mask=rows < keys, other=0).to(tl.int64)
+    source = tl.load(Order + batch * length + rows, mask=rows < rest, other=0).to(tl.int64)
     target = (batch * length + rows) * WIDTH
-    for start in range(0, WIDTH, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        inside = (rows < keys)[:, None] & (columns < WIDTH)[None, :]
-        key = tl.load(K + batch * k_batch + (source * k_row)[:, None] + columns[None, :], mask=inside)
-        value = tl.load(V + batch * v_batch + (source * v_row)[:, None] + columns[None, :], mask=inside)
-        tl.store(KeysTo + target[:, None] + columns[None, :], key, mask=inside)
-        tl.store(ValuesTo + target[:, None] + columns[None, :], value, mask=inside)
+    columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (rows < rest)[:, None] & (columns < WIDTH)[None, :]
+    key = tl.load(K + batch * k_batch + (source * k_row)[:, None] + columns[None, :], mask=inside)
+    value = tl.load(V + batch * v_batch + (source * v_row)[:, None] + columns[None, :], mask=inside)
+    tl.store(KeysTo + target[:, None] + columns[None, :], key, mask=inside)
+    tl.store(ValuesTo + target[:, None] + columns[None, :], value, mask=inside)

@@ -102,16 +102,34 @@ def keys_of(
 
 
 @gluon.jit
+def block_at(step, blocks, place, k_outer, Whole, whole, rest, base, LISTED: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Outer coordinate and row, in a descriptor, of the block that step ``step`` takes, and whether it is packed.
+
+    LISTED: the blocks of a key-padding mask, the packed ones first; key_blocks has what Whole, whole and rest are,
+    ``base`` is the first row of the sequence. Otherwise the sequence begins at ``place``.
+    """
+    block = blocks - 1 - step
+    if LISTED:
+        packed = block >= whole
+        number = gl.load(Whole + gl.minimum(block, gl.maximum(whole - 1, 0)))
+        begin = base + gl.where(packed, block - whole, number) * BLOCK_K
+        end = gl.where(packed, gl.minimum(begin + BLOCK_K, base + rest), begin + BLOCK_K)
+        return end, FAR - end + begin, packed
+    else:
+        return k_outer, place + block * BLOCK_K, block < 0
+
+
+@gluon.jit
 def copy_in(
-    tensor, copies, at, full, slot, copied,
+    tensor, copies, at, full, slot, packed,
     LISTED: gl.constexpr, BLOCK_K: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """One block of keys or values, of ``tensor`` or of what gather_keys made of it, on its way to ``slot``."""
+    """One block of keys or values, of ``tensor`` or of what gather_keys packed of it, on its way to ``slot``."""
     mbarrier.expect(full, tensor.block_type.nbytes)
     target = slot._reinterpret(tensor.dtype, [1, 1, 1, BLOCK_K, WIDTH], tensor.layout)
     if LISTED:
-        tma.async_copy_global_to_shared(tensor, at, full, target, pred=copied == 0)
-        tma.async_copy_global_to_shared(copies, at, full, target, pred=copied != 0)
+        tma.async_copy_global_to_shared(tensor, at, full, target, pred=packed == 0)
+        tma.async_copy_global_to_shared(copies, at, full, target, pred=packed != 0)
     else:
         tma.async_copy_global_to_shared(tensor, at, full, target)
 
@@ -128,7 +146,7 @@ def produce(
     q_tile: gl.constexpr = [1, 1, 1, ROWS, WIDTH]
     q_slots, k_slots, v_slots = slots
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _order = barriers
-    Plan, Count, Blocks = tables
+    Plan, Count, Lists = tables
     done = 0
     taken = 0
     for round in range((turns + gl.num_programs(0) - 1) // gl.num_programs(0)):
@@ -144,13 +162,15 @@ def produce(
             if VARLEN:
                 leading = FAR
             k_leading = leading
-            copied = 0
-            Listed = Blocks
+            whole = 0
+            rest = 0
+            Whole = Lists
             if LISTED:
                 k_leading = FAR
-                Listed = Blocks + number * room * 2
+                Whole = Lists + number * room
                 blocks = gl.load(Count + number * 4)
-                copied = gl.load(Count + number * 4 + 2)
+                whole = gl.load(Count + number * 4 + 1)
+                rest = gl.load(Count + number * 4 + 2)
             key_head = head // GROUP
             place = k_inner + begin
             q_slot = (taken % Q_SLOTS) * CONSUMERS
@@ -164,26 +184,24 @@ def produce(
             for step in range(blocks + 1):
                 # Rows are computed from the step: of two names of one value before a loop Triton 3.6 and 3.7 carry one.
                 if step < blocks:
-                    row = place + (blocks - 1 - step) * BLOCK_K
-                    if LISTED:
-                        k_outer = gl.load(Listed + 2 * (blocks - 1 - step) + 1)
-                        row = FAR - k_outer + gl.load(Listed + 2 * (blocks - 1 - step))
+                    outer, row, packed = block_at(
+                        step, blocks, place, k_outer, Whole, whole, rest, number * k_rest, LISTED, BLOCK_K
+                    )
                     slot = (done + step) % K_SLOTS
                     mbarrier.wait(k_empty.index(slot), (((done + step) // K_SLOTS) & 1) ^ 1)
                     copy_in(
-                        k_rows, k_copies, [k_leading, k_outer, key_head, row, 0], k_full.index(slot),
-                        k_slots.index(slot), copied, LISTED, BLOCK_K, WIDTH,
+                        k_rows, k_copies, [k_leading, outer, key_head, row, 0], k_full.index(slot),
+                        k_slots.index(slot), packed, LISTED, BLOCK_K, WIDTH,
                     )  # fmt: skip
                 if step > 0:
-                    row = place + (blocks - step) * BLOCK_K
-                    if LISTED:
-                        k_outer = gl.load(Listed + 2 * (blocks - step) + 1)
-                        row = FAR - k_outer + gl.load(Listed + 2 * (blocks - step))
+                    outer, row, packed = block_at(
+                        step - 1, blocks, place, k_outer, Whole, whole, rest, number * k_rest, LISTED, BLOCK_K
+                    )
                     slot = (done + step - 1) % V_SLOTS
                     mbarrier.wait(v_empty.index(slot), (((done + step - 1) // V_SLOTS) & 1) ^ 1)
                     copy_in(
-                        v_rows, v_copies, [k_leading, k_outer, key_head, row, 0], v_full.index(slot),
-                        v_slots.index(slot), copied, LISTED, BLOCK_K, WIDTH,
+                        v_rows, v_copies, [k_leading, outer, key_head, row, 0], v_full.index(slot),
+                        v_slots.index(slot), packed, LISTED, BLOCK_K, WIDTH,
                     )  # fmt: skip
             done += blocks
             taken += 1

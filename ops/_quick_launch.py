@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 
 
-def on(device: torch.device) -> Any:
-    """Triton launches on the current device."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make ``device`` current, and the one of before again afterwards; nothing to do, in a tenth of the time, if it is.
+
+    Triton launches on the current device, and so do libraries in Python, whose launches have no guard: SageAttention
+    1.0.6 launches there whatever q's device is, 2.x calls torch.cuda.set_device with q's and leaves it so,
+    FlashAttention-4 asks the current one what it is.
+    """
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 
@@ -26,9 +31,8 @@ def _form(argument: Any) -> Any:
         return argument.dtype, argument.data_ptr() % 16 == 0
     if type(argument) is int:
         return -(1 << 31) <= argument < 1 << 31
-    if type(argument) is float:
-        return float
-    return argument.base.dtype  # a TensorDescriptor
+    base = getattr(argument, "base", None)
+    return type(argument) if base is None else base.dtype  # of a TensorDescriptor
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}

@@ -13,7 +13,7 @@ from compiled_attn.operators import Kernels
 from compiled_attn.packages import require
 from compiled_attn.spec import CAUSAL, Call
 
-from ._flash_common import current_device
+from ._quick_launch import on
 from ._sage_kernels import Forward, nothing
 
 WIDTHS = (64, 128)
@@ -47,7 +47,7 @@ def kernels(package: Any) -> Kernels:
         q, k, v = (
             F.pad(x, (0, padding)).transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in (q, k, v)
         )
-        with current_device(q.device):
+        with on(q.device):
             out = attend(q, k, v, is_causal=bool(causal & CAUSAL))
         return out.transpose(1, 2)[..., :width], None, None
 

@@ -5,6 +5,7 @@ The factories take anything with ``load()``, so that `sageattention` and builds 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +18,9 @@ from compiled_attn import masks
 from compiled_attn.operators import Kernels
 from compiled_attn.spec import CAUSAL, report
 
-from ._flash_common import current_device
 from ._native_dense import aligned
 from ._packing import Packing
+from ._quick_launch import on
 from ._sage_library import BLOCK_K, BLOCK_Q, PACKED_WIDTHS, Dense, Packed
 
 Forward = tuple[Tensor, Tensor | None, Tensor | None]
@@ -41,7 +42,7 @@ def kernels(package: Any, name: str, masked: bool = False) -> Kernels:
         if q.numel() == 0 or k.numel() == 0:
             return nothing(q, return_lse)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        with current_device(q.device):
+        with on(q.device):
             if masked and (mask is not None or key_padding is not None):
                 return _masked(library, q, k, v, mask, key_padding, scale, return_lse)
             if key_padding is not None:
@@ -66,7 +67,7 @@ def varlen_kernels(package: Any) -> Kernels:
             return nothing(q, False)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         starts = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()  # Triton gets a pointer, and no stride
-        with current_device(q.device):
+        with on(q.device):
             out = _packed(library, q, k, v, *starts, max_seqlen_q, max_seqlen_k, bool(causal & CAUSAL), scale)
             return masks.clear_behind(out, cu_seqlens_q), None, None
 
@@ -86,7 +87,7 @@ def varlen_as_dense(package: Any) -> Kernels:
         if q.numel() == 0 or k.numel() == 0:
             return nothing(q, False)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        with current_device(q.device):
+        with on(q.device):
             return _flattened(library, q, k, v, key_padding, bool(causal & CAUSAL), scale), None, None
 
     return Kernels(forward)
@@ -112,7 +113,12 @@ def _require(name: str, faults: list[str]) -> None:
 
 def capability_of(q: Tensor) -> tuple[int, int] | None:
     """Compute capability of q's device; None for one that has none."""
-    return torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    return _capability(q.device.index) if q.is_cuda else None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def nothing(q: Tensor, return_lse: bool) -> Forward:
@@ -253,7 +259,7 @@ def _quantised(
 
 def smoothed(k: Tensor) -> tuple[Tensor, Tensor]:
     """K (B, Sk, Hk, D) less its mean over the keys, and that mean (B, 1, Hk, D). Softmax sees no difference."""
-    mean = k.mean(1, keepdim=True, dtype=torch.float32).to(k.dtype)
+    mean = k.mean(1, keepdim=True)  # sums in float32, whatever K is
     return k - mean, mean
 
 

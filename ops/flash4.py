@@ -17,7 +17,8 @@ from compiled_attn.registry import Backend, register_backend
 from compiled_attn.spec import Call
 
 from . import _flash_common
-from ._flash_common import Lengths, Window, current_device, padding_and_positions
+from ._flash_common import Lengths, Window, padding_and_positions
+from ._quick_launch import on
 
 
 class Flash4:
@@ -47,7 +48,7 @@ class Flash4:
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None, scale: float, causal: bool, window: Window,
         dropout_p: float, return_lse: bool,
     ) -> tuple[Tensor, Tensor | None, None]:  # fmt: skip
-        with current_device(q.device):
+        with on(q.device):
             out, lse, *_ = self._forward(
                 q=q, k=k, v=v, softmax_scale=scale, causal=causal, return_lse=return_lse, **_sides(window),
                 **_packed(lengths),
@@ -61,7 +62,7 @@ class Flash4:
         # no kernel writes the rows behind the last sequence
         allocate = torch.empty_like if lengths is None else torch.zeros_like
         dq, dk, dv = (allocate(one, memory_format=torch.contiguous_format) for one in (q, k, v))
-        with current_device(q.device):
+        with on(q.device):
             dq, dk, dv, *_ = self._backward(
                 q=q, k=k, v=v, out=out, dout=grad_out, lse=lse, softmax_scale=scale, causal=causal,
                 deterministic=deterministic, dq=dq, dk=dk, dv=dv, **_sides(window), **_packed(lengths),

@@ -67,47 +67,35 @@ def plan(name: str, rows: int) -> str:
 
 
 def keys(name: str, block: int) -> str:
-    """Blocks that together hold the real keys, in order; in place unless that takes many more, copied otherwise."""
+    """Every real key once: in a whole block that stays in place, or among the packed ones."""
     torch.manual_seed(0)
     keep = KEEPS[name]()
     batch, length = keep.shape
-    packed = -(-length // block)
-    room = packed + packed // 16 + 2
+    room = max(length // block, 1)
     order = torch.full((batch, length), -7, dtype=torch.int32)
     count = torch.full((batch, 4), -7, dtype=torch.int32)
-    blocks = torch.full((batch, room, 2), -7, dtype=torch.int32)
-    guard = blocks.clone()
-    key_blocks[(batch,)](keep, order, count, blocks, *keep.stride(), length, room, BLOCK_K=block, BLOCK=BLOCK)
+    whole = torch.full((batch, room), -7, dtype=torch.int32)
+    key_blocks[(batch,)](keep, order, count, whole, *keep.stride(), length, room, BLOCK_K=block, BLOCK=BLOCK)
     key, value = torch.randn(batch, length, 2, 8), torch.randn(batch, length, 2, 8)
     copies = [torch.full_like(key, -7.0) for _ in range(2)]
-    gather_keys[(-(-length // 8), batch)](
-        key, value, *copies, order, count, blocks, *key.stride()[:2], *value.stride()[:2], length, room,
-        WIDTH=16, BLOCK_K=block, ROWS=8, COLUMNS=8,
-    )  # fmt: skip
+    gather_keys[(-(-length // 8), batch, 2)](
+        key, value, *copies, order, count, *key.stride()[:2], *value.stride()[:2], length, WIDTH=16, ROWS=8, COLUMNS=8
+    )
     for index in range(batch):
-        number, real, copied = count[index, :3].tolist()
-        places = keep[index].nonzero().flatten()
-        if real != len(places):
-            return f"{real} keys, there are {len(places)}"
-        ends = blocks[index, :number].tolist()
-        runs = [end - begin for begin, end in ends]
-        if real and not all(0 < run <= block for run in runs):
-            return f"blocks of {runs}"
-        rows = torch.cat([torch.arange(begin, end) for begin, end in ends])
-        sources = [copy if copied else full for copy, full in zip(copies, (key, value), strict=True)]
-        for source, full in zip(sources, (key, value), strict=True):
-            if not torch.equal(source.flatten(0, 1)[rows], full[index][places]):
-                return f"sequence {index}: blocks {ends} hold other keys"
-        least = -(-real // block)
-        if number > max(least + 1 + least // 16, 1):
-            return f"{number} blocks for {real} keys"
-        if copied and number != max(least, 1):
-            return f"{number} blocks of copied keys"
-        if not torch.equal(blocks[index, number:], guard[index, number:]) and not copied:
-            return "wrote behind its blocks"
-    wanted = {"all": [0, 0], "hole": [0, 0], "none": [0, 0], "tenth": [1, 1], "both": [0, 1]}.get(name)
-    if wanted is not None and count[:, 2].tolist() != wanted:
-        return f"copied {count[:, 2].tolist()}, expected {wanted}"
+        real = keep[index].nonzero().flatten()
+        blocks, full, rest, last = count[index].tolist()
+        inside = [number for number in range(length // block) if keep[index, number * block :][:block].all()]
+        if whole[index].tolist() != inside + [-7] * (room - len(inside)) or full != len(inside):
+            return f"whole blocks {whole[index].tolist()}, there are {inside}"
+        outside = [place for place in real.tolist() if place // block not in inside]
+        if order[index].tolist() != outside + [-7] * (length - len(outside)) or rest != len(outside):
+            return f"{order[index].tolist()} to pack, there are {outside}"
+        for copy, tensor in zip(copies, (key, value), strict=True):
+            if not torch.equal(copy[index, :rest], tensor[index, outside]) or not (copy[index, rest:] == -7.0).all():
+                return f"sequence {index}: other keys were packed"
+        packed = -(-rest // block) if len(real) else 1
+        if (blocks, last) != (full + packed, rest - (packed - 1) * block if packed else block):
+            return f"{blocks} blocks, {last} keys in the last"
     return ""
 
 

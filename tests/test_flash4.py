@@ -88,7 +88,7 @@ def test_the_device_of_the_tensors_is_current_inside(library, monkeypatch, lengt
         yield
         assert len(library.calls) == len(entered)
 
-    monkeypatch.setattr(flash4, "current_device", current)
+    monkeypatch.setattr(flash4, "on", current)
     if lengths is None:
         inputs = flash_checks.tensors("plain")
         out, *_ = registry.find("_flash_4").op(*inputs, None, None, 0.0, 0, None, False, None, False, True)

@@ -43,7 +43,8 @@ def test_masks_and_positions(mask, positions, dtype):
 
 @pytest.mark.parametrize("width", [20, 64, 128, 256, 320])
 def test_widths(width):
-    if importlib.util.find_spec("flash_attn") is not None:  # then xFormers takes its kernels from there
+    # then xFormers takes its kernels up to 256 from there
+    if width <= 256 and importlib.util.find_spec("flash_attn") is not None:
         require_built(width)
     verify("xformers", Case("cuda", torch.bfloat16, width=width, mask="key_padding"))
     verify("xformers", Case("cuda", torch.float16, width=64, value_width=width))
