@@ -57,6 +57,8 @@ gpu: $(READY)
 	$(PYTHON) -m compiled_attn promises --json out/promises.json
 	$(PYTHON) -m compiled_attn bench kernels --json out/kernels.json
 	$(PYTHON) -m compiled_attn bench ragged --json out/ragged.json
+	$(PYTHON) -m compiled_attn bench ragged --ours triton_hopper --forward --pause 0.3 --rounds 3 --repeats 10 \
+		--providers triton_hopper _flash_4 _native_cudnn _native_flash --json out/triton_hopper.json
 	$(PYTHON) -m compiled_attn bench libraries --json out/libraries.json
 	$(PYTHON) -m compiled_attn bench packages --json out/packages.json
 	$(PYTHON) -m compiled_attn demo --device cuda --output out/demo

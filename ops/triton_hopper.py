@@ -96,7 +96,7 @@ def unavailable() -> list[str]:
 
 def fastest(call: Call) -> bool:
     """Where docs/triton_hopper.md has no faster forward without a kernel library: not for training, whose backward is
-    the portable one, nor under positions, where cuDNN is level.
+    the portable one, nor under positions, measured too little.
     """
     return (
         call.capability == CAPABILITY
@@ -107,15 +107,13 @@ def fastest(call: Call) -> bool:
     )
 
 
-# "not run": the kernel was right on an H200 before its last changes (docs/triton_hopper.md), which no GPU has run yet
 LIMITS = Limits(
     ("cuda",), tuple(reversed(LOW_PRECISION)), min_capability=CAPABILITY, max_head_dim=MAX_HEAD_DIM,
     head_dim_multiple=8, masks=("none", "key_padding"), window=True, also=(only_hopper, padding_and_positions),
-    verified="not run",
 )  # fmt: skip
 VARLEN_LIMITS = Limits(
     ("cuda",), LIMITS.dtypes, min_capability=CAPABILITY, max_head_dim=MAX_HEAD_DIM, head_dim_multiple=8, window=True,
-    also=(only_hopper,), verified="not run",
+    also=(only_hopper,),
 )  # fmt: skip
 
 DENSE = Kernels(hopper_forward, triton_backward)

@@ -92,6 +92,7 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
+@torch.no_grad()  # or a step at Flux's width in float64 keeps 130 GB for a backward that never comes
 def prepare(subject: Subject, wanted: list[str] | None) -> Prepared:
     """Record the calls of one eager forward, find the backends that can serve them, compute what is right."""
     with integration.recorded() as calls:
