@@ -300,18 +300,15 @@ def main(arguments: argparse.Namespace) -> int:
             return 0
         return cli_table.put_between(pathlib.Path(arguments.write), BEGIN, END, table)
     names = arguments.backends or [name for name in registry.list_backends() if name != SWITCH]
-    rows = {}
+    rows: dict[str, dict[str, dict[str, str]]] = {}
+    about = {**provenance(), "device": arguments.device}
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         waiting = {pool.submit(_in_a_process, name, arguments): name for name in names}
         bar = tqdm(concurrent.futures.as_completed(waiting), total=len(names), desc="promises", unit="backend")
         for done in bar:
             rows[waiting[done]] = done.result()
-    result = {
-        **provenance(),
-        "device": arguments.device,
-        "rows": {name: rows[name] for name in names},
-    }
-    save(result, arguments.json)
+            # kept as they come: a run that is stopped has tried something
+            save({**about, "rows": {name: rows[name] for name in names if name in rows}}, arguments.json)
     headers = ("backend", *CELLS)
     print(cli_table.text(headers, [(name, *(row[cell]["result"] for cell in CELLS)) for name, row in rows.items()]))
     wrong = [(name, cell, row[cell]["reason"]) for name, row in rows.items() for cell in CELLS

@@ -60,7 +60,8 @@ def main(arguments: argparse.Namespace) -> int:
             print(f"{name}: {'; '.join(reasons)}")
         else:
             names.append(name)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = {"benchmark": "libraries", **provenance(), "rows": rows}
     for name in (bar := tqdm(names, desc="libraries", unit="backend")):
         bar.set_postfix_str(name)
         step, direct = _step(name, device, repeats)
@@ -68,8 +69,7 @@ def main(arguments: argparse.Namespace) -> int:
             {"backend": name, "eager_us": _eager(name, device), "step_ms": step, "library_step_ms": direct}
             | _masked(name, device, repeats)
         )
-    result = {"benchmark": "libraries", **provenance(), "rows": rows}
-    save(result, arguments.json)
+        save(result, arguments.json)  # kept as they come: a run that is stopped has measured something
     _print(result)
     return 0
 
