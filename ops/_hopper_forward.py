@@ -130,7 +130,7 @@ def walk(
 
 @gluon.jit
 def consume(
-    part: gl.constexpr, Lse, out_rows, slots, barriers, tables, room, turns, sizes, left, right, scale, never,
+    part: gl.constexpr, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, VARLEN: gl.constexpr, LISTED: gl.constexpr,
     LSE: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, Q_SLOTS: gl.constexpr, K_SLOTS: gl.constexpr,
     V_SLOTS: gl.constexpr, WIDTH: gl.constexpr, ORDERED: gl.constexpr,
@@ -306,12 +306,12 @@ def hopper_forward(
                     V_SLOTS, WIDTH,
                 )),
                 (consume, (
-                    0, Lse, out_rows, slots, barriers, tables, room, turns, sizes, left, right, scale, never,
+                    0, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
                     WIDTH, ORDERED,
                 )),
                 (consume, (
-                    1, Lse, out_rows, slots, barriers, tables, room, turns, sizes, left, right, scale, never,
+                    1, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
                     WIDTH, ORDERED,
                 )),
@@ -328,17 +328,17 @@ def hopper_forward(
                     V_SLOTS, WIDTH,
                 )),
                 (consume, (
-                    0, Lse, out_rows, slots, barriers, tables, room, turns, sizes, left, right, scale, never,
+                    0, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
                     WIDTH, ORDERED,
                 )),
                 (consume, (
-                    1, Lse, out_rows, slots, barriers, tables, room, turns, sizes, left, right, scale, never,
+                    1, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
                     WIDTH, ORDERED,
                 )),
                 (consume, (
-                    2, Lse, out_rows, slots, barriers, tables, room, turns, sizes, left, right, scale, never,
+                    2, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
                     WIDTH, ORDERED,
                 )),

@@ -31,6 +31,8 @@ _LONG, _WRAP = 0x7FFF0000, 1 << 34
 _TOGETHER = 64 << 20
 _PLAN_BLOCK = 128
 _KEY_BLOCK = 2048
+# of elements, 16 bytes: :func:`readable` has them start there
+_UNIT = 8
 # 16 x 512: as fast as any other and few programs where there is little to copy (H200)
 _COPY_ROWS, _COPY_COLUMNS = 16, 512
 
@@ -151,8 +153,8 @@ class Listed:
         )  # fmt: skip
         launch(
             gather_keys, (-(-length // _COPY_ROWS), batch, -(-heads * head_dim // _COPY_COLUMNS)),
-            (k, v, *copies, order, count, *k.stride()[:2], *v.stride()[:2], length),
-            {"WIDTH": heads * head_dim, "ROWS": _COPY_ROWS, "COLUMNS": _COPY_COLUMNS}, 4, index,
+            (k, v, *copies, order, count, *(stride // _UNIT for t in (k, v) for stride in t.stride()[:2]), length),
+            {"WIDTH": heads * head_dim, "UNIT": _UNIT, "ROWS": _COPY_ROWS, "COLUMNS": _COPY_COLUMNS}, 4, index,
         )  # fmt: skip
         self.lists = (count, whole)
         self.key, self.value, *self.copies = (tensor.flatten(0, 1) for tensor in (k, v, *copies))

@@ -111,10 +111,11 @@ def key_blocks(
 @triton.jit(do_not_specialize=["k_batch", "k_row", "v_batch", "v_row", "length"])
 def gather_keys(
     K, V, KeysTo, ValuesTo, Order, Count, k_batch, k_row, v_batch, v_row, length,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Keys and values (WIDTH columns together) in :func:`key_blocks`' Order, packed at the front of their sequence in
-    KeysTo and ValuesTo (B, Sk, ...). Grid: (Sk // ROWS, batch, WIDTH // COLUMNS).
+    KeysTo and ValuesTo (B, Sk, ...). Strides are in units of UNIT elements, or each element would be loaded by itself.
+    Grid: (Sk // ROWS, batch, WIDTH // COLUMNS).
     """
     number = tl.program_id(1)
     rest = tl.load(Count + number * 4 + 2)
@@ -127,7 +128,9 @@ def gather_keys(
     target = (batch * length + rows) * WIDTH
     columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows < rest)[:, None] & (columns < WIDTH)[None, :]
-    key = tl.load(K + batch * k_batch + (source * k_row)[:, None] + columns[None, :], mask=inside)
-    value = tl.load(V + batch * v_batch + (source * v_row)[:, None] + columns[None, :], mask=inside)
+    of_key = (batch * k_batch + source * k_row) * UNIT
+    of_value = (batch * v_batch + source * v_row) * UNIT
+    key = tl.load(K + of_key[:, None] + columns[None, :], mask=inside)
+    value = tl.load(V + of_value[:, None] + columns[None, :], mask=inside)
     tl.store(KeysTo + target[:, None] + columns[None, :], key, mask=inside)
     tl.store(ValuesTo + target[:, None] + columns[None, :], value, mask=inside)

@@ -146,7 +146,7 @@ def produce(
     q_tile: gl.constexpr = [1, 1, 1, ROWS, WIDTH]
     q_slots, k_slots, v_slots = slots
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _order = barriers
-    Plan, Count, Lists = tables
+    Plan, Count, Whole = tables
     done = 0
     taken = 0
     for round in range((turns + gl.num_programs(0) - 1) // gl.num_programs(0)):
@@ -164,10 +164,10 @@ def produce(
             k_leading = leading
             whole = 0
             rest = 0
-            Whole = Lists
+            mine = Whole
             if LISTED:
                 k_leading = FAR
-                Whole = Lists + number * room
+                mine = Whole + number * room
                 blocks = gl.load(Count + number * 4)
                 whole = gl.load(Count + number * 4 + 1)
                 rest = gl.load(Count + number * 4 + 2)
@@ -185,7 +185,7 @@ def produce(
                 # Rows are computed from the step: of two names of one value before a loop Triton 3.6 and 3.7 carry one.
                 if step < blocks:
                     outer, row, packed = block_at(
-                        step, blocks, place, k_outer, Whole, whole, rest, number * k_rest, LISTED, BLOCK_K
+                        step, blocks, place, k_outer, mine, whole, rest, number * k_rest, LISTED, BLOCK_K
                     )
                     slot = (done + step) % K_SLOTS
                     mbarrier.wait(k_empty.index(slot), (((done + step) // K_SLOTS) & 1) ^ 1)
@@ -195,7 +195,7 @@ def produce(
                     )  # fmt: skip
                 if step > 0:
                     outer, row, packed = block_at(
-                        step - 1, blocks, place, k_outer, Whole, whole, rest, number * k_rest, LISTED, BLOCK_K
+                        step - 1, blocks, place, k_outer, mine, whole, rest, number * k_rest, LISTED, BLOCK_K
                     )
                     slot = (done + step - 1) % V_SLOTS
                     mbarrier.wait(v_empty.index(slot), (((done + step - 1) // V_SLOTS) & 1) ^ 1)

@@ -1,5 +1,5 @@
-"""Keys packed by a key-padding mask, for libraries that take cu_seqlens: two kernels on a GPU that has Triton, plain
-PyTorch elsewhere.
+"""Keys packed by a key-padding mask, for libraries that take cu_seqlens: two kernels on an NVIDIA GPU where Triton is
+installed, plain PyTorch elsewhere.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ class Packing:
 
     def __init__(self, key_padding: Tensor) -> None:
         self.batch, self.length = key_padding.shape
-        self._kernels = _kernels(key_padding.device)
+        self._kernels = _kernels(key_padding.device) if key_padding.numel() else None
         if self._kernels is None:
             self._source, self._target, self.cu_seqlens = masks.packing(key_padding)
             return
         total, device = self.batch * self.length, key_padding.device
-        self._source, self._target = torch.empty((2, total), dtype=torch.int32, device=device)
-        self.cu_seqlens = torch.empty(self.batch + 1, dtype=torch.int32, device=device)
+        self._source, self._target, self.cu_seqlens = (
+            torch.empty(size, dtype=torch.int32, device=device) for size in (total, total, self.batch + 1)
+        )
         quick, kernels = self._kernels
         with quick.on(device):
             quick.launch(
@@ -72,8 +73,8 @@ def _power(width: int) -> int:
 
 
 def _kernels(device: torch.device) -> tuple[Any, Any] | None:
-    """The launcher and the kernels, where a GPU runs them; triton is imported by the first such call."""
-    if device.type != "cuda" or not has_triton():
+    """The launcher and the kernels, where an NVIDIA GPU runs them; triton is imported by the first such call."""
+    if device.type != "cuda" or torch.version.hip is not None or not has_triton():
         return None
     from . import _packing_kernels, _quick_launch
 

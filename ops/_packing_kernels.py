@@ -45,10 +45,10 @@ def place_keys(Keep, Source, Target, Starts, keep_batch, keep_key, batch, length
 def copy_rows(From, To, number, key, head, batch_stride, row_stride, head_stride, places, inside, heads,
               D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
     """Rows of one head from (B, S, H, D) to (T, H, D). Strides are in units of UNIT elements, so that the compiler
-    knows that rows are aligned.
+    knows that rows are aligned; multiplied by it last, in 64 bits.
     """
     columns = tl.arange(0, WIDTH)
-    offsets = number * (batch_stride * UNIT) + key * (row_stride * UNIT) + head * (head_stride * UNIT)
+    offsets = (number * batch_stride + key * row_stride + head * head_stride) * UNIT
     seen = inside[:, None] & (columns < D)[None, :]
     rows = tl.load(From + offsets[:, None] + columns[None, :], mask=seen, other=0.0)
     to = (places.to(tl.int64) * heads + head) * D

@@ -1,7 +1,8 @@
 """Triton kernels launched from eager calls without what Triton asks at each launch.
 
-For kernels that are not specialised on any integer: Triton then finds the compiled form by what :func:`_form` looks at,
-in 0.1 ms and more where TMA descriptors are among the arguments.
+For NVIDIA GPUs and kernels that are not specialised on any integer: Triton then finds the compiled form by what
+:func:`_form` looks at, in 0.1 ms and more where TMA descriptors are among the arguments. (On ROCm it also asks whether
+a tensor is larger than 2 GB.)
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def launch(
     """``kernel`` on the current stream of the current device, ``index``; ``constants`` in the order of its parameters,
     which they end.
     """
-    key = (kernel, index, *map(_form, arguments), *constants.values())
+    key = (kernel, index, warps, *map(_form, arguments), *constants.values())
     compiled = _compiled.get(key)
     if compiled is None:
         compiled = kernel[grid](*arguments, **constants, num_warps=warps)

@@ -103,10 +103,10 @@ def attention_dq(
         first = tile * BLOCK_Q
         rows_left = q_length - first
         keys = k_length
-        K += number * (k_batch * UNIT)
-        V += number * (v_batch * UNIT)
-        Q += number * (q_batch * UNIT)
-        Grad += number * (g_batch * UNIT)
+        K += number * k_batch * UNIT
+        V += number * v_batch * UNIT
+        Q += number * q_batch * UNIT
+        Grad += number * g_batch * UNIT
         Mask += number * mask_batch + tl.cast(head, tl.int64) * mask_head + tl.cast(first, tl.int64) * mask_q
         Order += number * k_length
         Rank += number * (k_length + 1)
@@ -118,10 +118,10 @@ def attention_dq(
         return
     if not LOWER_RIGHT:
         shift = 0
-    K += tl.cast(head // GROUP, tl.int64) * (k_head * UNIT)
-    V += tl.cast(head // GROUP, tl.int64) * (v_head * UNIT)
-    Q += q_from * (q_row * UNIT) + tl.cast(head, tl.int64) * (q_head * UNIT)
-    Grad += q_from * (g_row * UNIT) + tl.cast(head, tl.int64) * (g_head * UNIT)
+    K += tl.cast(head // GROUP, tl.int64) * k_head * UNIT
+    V += tl.cast(head // GROUP, tl.int64) * v_head * UNIT
+    Q += q_from * (q_row * UNIT) + tl.cast(head, tl.int64) * q_head * UNIT
+    Grad += q_from * (g_row * UNIT) + tl.cast(head, tl.int64) * g_head * UNIT
     within = tl.arange(0, BLOCK_Q)
     inside = within < rows_left
     q_offsets = within * (q_row * UNIT)
@@ -266,10 +266,10 @@ def attention_dkv(
         first = tile * BLOCK_K
         keys_left = k_length - first
         rows = q_length
-        Q += number * (q_batch * UNIT)
-        Grad += number * (g_batch * UNIT)
-        K += number * (k_batch * UNIT)
-        V += number * (v_batch * UNIT)
+        Q += number * q_batch * UNIT
+        Grad += number * g_batch * UNIT
+        K += number * k_batch * UNIT
+        V += number * v_batch * UNIT
         Order += number * k_length
         Rank += number * (k_length + 1)
         k_from = tl.cast(0, tl.int64)
@@ -280,8 +280,8 @@ def attention_dkv(
         return
     if not LOWER_RIGHT:
         shift = 0
-    K += k_from * (k_row * UNIT) + tl.cast(key_head, tl.int64) * (k_head * UNIT)
-    V += k_from * (v_row * UNIT) + tl.cast(key_head, tl.int64) * (v_head * UNIT)
+    K += k_from * (k_row * UNIT) + tl.cast(key_head, tl.int64) * k_head * UNIT
+    V += k_from * (v_row * UNIT) + tl.cast(key_head, tl.int64) * v_head * UNIT
     within = tl.arange(0, BLOCK_K)
     inside = within < keys_left
     visible = keys_left
@@ -331,7 +331,7 @@ def attention_dkv(
     scale_2 = factor * 1.4426950408889634
     for member in range(GROUP):
         head = tl.cast(key_head * GROUP + member, tl.int64)
-        q_base, g_base = Q + head * (q_head * UNIT), Grad + head * (g_head * UNIT)
+        q_base, g_base = Q + head * q_head * UNIT, Grad + head * g_head * UNIT
         row_base = (lse_from + head * q_length) * 4
         mask_base = Mask + head * mask_head
         if RIGHT:

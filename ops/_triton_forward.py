@@ -111,9 +111,9 @@ def attention_forward(
         rows_left = q_length - first
         keys = k_length
         of_batch = tl.cast(number, tl.int64)
-        K += of_batch * (k_batch * UNIT)
-        V += of_batch * (v_batch * UNIT)
-        Q += of_batch * (q_batch * UNIT)
+        K += of_batch * k_batch * UNIT
+        V += of_batch * v_batch * UNIT
+        Q += of_batch * q_batch * UNIT
         Mask += of_batch * mask_batch + tl.cast(head, tl.int64) * mask_head + tl.cast(first, tl.int64) * mask_q
         Order += of_batch * k_length
         Rank += of_batch * (k_length + 1)
@@ -123,9 +123,9 @@ def attention_forward(
         return
     if not LOWER_RIGHT:
         shift = 0
-    K += tl.cast(head // GROUP, tl.int64) * (k_head * UNIT)
-    V += tl.cast(head // GROUP, tl.int64) * (v_head * UNIT)
-    Q += tl.cast(q_from, tl.int64) * (q_row * UNIT) + tl.cast(head, tl.int64) * (q_head * UNIT)
+    K += tl.cast(head // GROUP, tl.int64) * k_head * UNIT
+    V += tl.cast(head // GROUP, tl.int64) * v_head * UNIT
+    Q += tl.cast(q_from, tl.int64) * (q_row * UNIT) + tl.cast(head, tl.int64) * q_head * UNIT
     within = tl.arange(0, BLOCK_Q)
     inside = within < rows_left
     q_offsets = within * (q_row * UNIT)

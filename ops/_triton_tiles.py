@@ -187,8 +187,8 @@ def compact(
     places = first + tl.arange(0, BLOCK)
     inside = places < tl.load(Rank + number * (k_length + 1) + k_length)
     keys = tl.load(Order + number * k_length + places, mask=inside, other=0).to(tl.int64)
-    K += number * (k_batch * UNIT) + head * (k_head * UNIT)
-    V += number * (v_batch * UNIT) + head * (v_head * UNIT)
+    K += number * k_batch * UNIT + head * k_head * UNIT
+    V += number * v_batch * UNIT + head * v_head * UNIT
     k = load_rows(K, keys * (k_row * UNIT), inside, 0, WIDTH, D, True)
     v = load_rows(V, keys * (v_row * UNIT), inside, 0, WIDTH, D, True)
     to = (number * k_length + first) * key_heads + head

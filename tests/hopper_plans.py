@@ -78,9 +78,11 @@ def keys(name: str, block: int) -> str:
     key_blocks[(batch,)](keep, order, count, whole, *keep.stride(), length, room, BLOCK_K=block, BLOCK=BLOCK)
     key, value = torch.randn(batch, length, 2, 8), torch.randn(batch, length, 2, 8)
     copies = [torch.full_like(key, -7.0) for _ in range(2)]
+    strides = [stride // 8 for one in (key, value) for stride in one.stride()[:2]]
     gather_keys[(-(-length // 8), batch, 2)](
-        key, value, *copies, order, count, *key.stride()[:2], *value.stride()[:2], length, WIDTH=16, ROWS=8, COLUMNS=8
-    )
+        key, value, *copies, order, count, *strides, length,
+        WIDTH=16, UNIT=8, ROWS=8, COLUMNS=8,
+    )  # fmt: skip
     for index in range(batch):
         real = keep[index].nonzero().flatten()
         blocks, full, rest, last = count[index].tolist()

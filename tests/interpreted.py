@@ -12,6 +12,7 @@ import math
 import sys
 from typing import Any
 
+import numpy
 import torch
 from matrix import POSITIONS, Case, assert_as_good, expectations, largest
 from torch import Tensor
@@ -56,6 +57,8 @@ def _cases() -> dict[str, tuple[str, dict[str, Any]]]:
     found["nan_neighbour"] = ("nan_neighbour", {})
     found["nan_under_the_mask"] = ("nan_under_the_mask", {})
     found["same_bits"] = ("same_bits", {})
+    for mask in ("none", "key_padding"):
+        found[f"far_batches-{mask}"] = ("far_batches", {"mask": mask})
     return found
 
 
@@ -172,6 +175,20 @@ def same_bits(kernels: Kernels) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+def far_batches(kernels: Kernels, mask: str) -> None:
+    """Sequences 2^31 elements apart: 4 GB of addresses, of which a few pages are touched."""
+    arguments = Case(mask=mask, dtype=torch.float16, key_heads=2).arguments()
+    near = kernels.both(arguments, None, arguments.get("key_padding_mask"))
+    store = torch.from_numpy(numpy.empty(2**31 + 2**14, dtype=numpy.float16))
+    for place, name in enumerate(("query", "key", "value")):
+        one = arguments[name].detach()
+        far = store.as_strided(one.shape, (2**31, *one.stride()[1:]), place * 2**12)
+        arguments[name] = far.copy_(one)
+    got = kernels.both(arguments, None, arguments.get("key_padding_mask"))
+    for one, other in zip(got, near, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     kernels = Kernels()
@@ -182,7 +199,7 @@ def main() -> None:
         try:
             {
                 "dense": dense, "packed": packed, "nan_neighbour": nan_neighbour,
-                "nan_under_the_mask": nan_under_the_mask, "same_bits": same_bits,
+                "nan_under_the_mask": nan_under_the_mask, "same_bits": same_bits, "far_batches": far_batches,
             }[kind](kernels, **options)  # fmt: skip
         except AssertionError as error:
             found[name] = str(error) or "assertion failed"

@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy
 import torch
 
 from compiled_attn import masks
 
-SHAPES = ((1, 1), (1, 33), (3, 17), (2, 150))
+SHAPES = ((1, 1), (1, 33), (3, 17), (2, 150), (3, 0), (0, 5))
 MASKS = ("holes", "all", "none", "one_sequence", "expanded")
-LAYOUTS = ("contiguous", "transposed", "qkv_slice", "odd_width", "strided_width", "wider_values")
+LAYOUTS = ("contiguous", "transposed", "qkv_slice", "odd_width", "strided_width", "wider_values", "far_batches")
 CASES = tuple("-".join(map(str, case)) for case in itertools.product(SHAPES, MASKS, LAYOUTS))
 
 
@@ -35,6 +36,11 @@ def _keys(batch: int, length: int, layout: str) -> tuple[torch.Tensor, torch.Ten
         return torch.randn(batch, length, 3, 2, 16).unbind(2)[1:]  # type: ignore[return-value]
     if layout == "strided_width":
         return tuple(torch.randn(2, batch, length, 2, 32)[..., ::2])  # type: ignore[return-value]
+    if layout == "far_batches":  # 2^31 elements apart: 4 GB of addresses a sequence, of which a few pages are touched
+        far = torch.from_numpy(numpy.empty(max(batch - 1, 0) * 2**31 + 2**14, dtype=numpy.float16))
+        near = torch.randn(2, batch, length, 2, 16).half()
+        strides = (2**31, *near.stride()[2:])
+        return tuple(far.as_strided(one.shape, strides, place * 2**13).copy_(one) for place, one in enumerate(near))
     if layout == "wider_values":
         return torch.randn(batch, length, 2, 16), torch.randn(batch, length, 2, 40)
     return tuple(torch.randn(2, batch, length, 2, 13 if layout == "odd_width" else 16))  # type: ignore[return-value]

@@ -60,7 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the numbers, versions and machine to FILE too")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="default: all")
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=tuple(SHAPES), help="default: all")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS, help="default: all installed")
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        choices=PROVIDERS,
+        default=PROVIDERS,
+        help="of the dense table; default: all installed",
+    )
     parser.add_argument("--forward", action="store_true", help="no backward")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each variant (default: 20)")
     parser.add_argument("--rounds", type=int, default=1, help="how often variants take turns (default: 1)")
@@ -218,7 +224,7 @@ def _dense(work: Work, name: str, sizes: tuple[int, ...], providers: list[str]) 
             for provider, call in calls.items()
         }
     times = work.times(calls)
-    ours = times[work.ours]
+    ours = times.get(work.ours, [None, None])
     for provider, (forward, backward) in times.items():
         yield {
             "shape": name,

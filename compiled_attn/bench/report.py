@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 from typing import Any
 
 from .. import cli_table
-from ..cli_machine import provenance
+from ..cli_machine import provenance, save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,5 +42,5 @@ def publish(name: str, rows: list[Row], notes: list[str], file: str | None, **fa
     if file is not None:
         result = {"benchmark": name, **about, **facts, "notes": notes}
         result["rows"] = [dataclasses.asdict(row) for row in rows]
-        pathlib.Path(file).write_text(json.dumps(result, indent=2) + "\n")
+        save(result, file)
         print(f"written to {file}")

@@ -68,8 +68,8 @@ def measure(
     return Times(times)
 
 
-# cycles, 20 ms or so: what the host needs for a few dozen calls
-_HEAD_START = 40_000_000
+# cycles for each call, 1 ms or so: more than a host needs to make one
+_HEAD_START = 2_000_000
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -81,7 +81,7 @@ def milliseconds(run: Callable[[], object], device: torch.device, repeats: int) 
     for _ in range(3):
         run()
     if device.type == "cuda":
-        torch.cuda._sleep(_HEAD_START)
+        torch.cuda._sleep(_HEAD_START * repeats)
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
         for start, end in pairs:
             start.record()
