@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from compiled_attn.operators import Kernels, expected_shapes, lse_dtype
 from compiled_attn.registry import Backend, register_backend
@@ -181,6 +182,14 @@ def traced(
                 q, k, v, mask, None, dropout_p, 0, scale, gqa, None, deterministic, return_lse or gradient
             )
             return out, lse
+    if not compiling and block_mask is None and isinstance(q, FakeTensor):
+        # a trace that is not Dynamo's (make_fx, FakeTensorMode): nothing to compile and run a kernel for, and a mask
+        # without memory cannot say which blocks were kept for it
+        gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        out, lse, _ = torch.ops.compiled_attn.flex.v1(
+            q, k, v, mask, key_padding, dropout_p, causal, scale, gqa, window, deterministic, return_lse or gradient
+        )
+        return out, lse
     if not compiling:
         if block_mask is not None:
             out, lse = compiled_with(q, k, v, block_mask, scale, return_lse)
