@@ -24,6 +24,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     configure = ["cmake", "-S", ROOT / "examples" / "cpp", "-B", build, f"-DCMAKE_PREFIX_PATH={torch_folder}"]
     for command in (configure, ["cmake", "--build", build]):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        if "uses CUDA but I cannot find the CUDA" in " ".join(done.stderr.split()):
+            pytest.skip("cmake finds no CUDA toolkit, which a CUDA build of torch wants of every C++ program")
         assert done.returncode == 0, done.stdout + done.stderr
     return build / "run_package"
 
