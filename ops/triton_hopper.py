@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compiled_attn.operators import Kernels
-from compiled_attn.packages import Package, require
+from compiled_attn.packages import Package, Unfit, require
 from compiled_attn.registry import Backend, register_backend
 from compiled_attn.spec import LOW_PRECISION, Call, Limits
 
@@ -26,7 +26,15 @@ MAX_HEAD_DIM = 256
 
 
 def bind(module: Any) -> Any:
-    """Our launcher, if Triton's Gluon is the one it was written for (3.6 and 3.7 are); Unfit otherwise."""
+    """Our launcher, if Triton's Gluon is the one it was written for (3.6 to 3.8 are); Unfit otherwise."""
+    try:
+        _require_gluon(module)
+    except Unfit as lacking:
+        raise Unfit(f"{lacking}; the kernel is written for triton 3.6 to 3.8, use backend 'triton'") from None
+    return importlib.import_module("._hopper_launch", __package__)
+
+
+def _require_gluon(module: Any) -> None:
     language = importlib.import_module("triton.experimental.gluon.language")
     require(language, "warp_specialize", "functions_and_args", "worker_num_warps", "worker_num_regs")
     require(language, "NVMMASharedLayout.get_default_for")
@@ -40,12 +48,11 @@ def bind(module: Any) -> Any:
     require(module, "tma.store_wait", "pendings")
     host = importlib.import_module("triton.experimental.gluon.nvidia.hopper")
     require(host, "TensorDescriptor", "base", "shape", "strides", "block_shape", "layout")
-    return importlib.import_module("._hopper_launch", __package__)
 
 
 PACKAGE = Package(
     "triton.experimental.gluon.language.nvidia.hopper", "triton",
-    install="pip install 'triton>=3.6' (PyTorch's wheels for Linux from 2.10 on bring it)", bind=bind,
+    install="pip install 'triton>=3.6,<3.9' (PyTorch's wheels for Linux bring it from 2.10 to 2.14)", bind=bind,
 )  # fmt: skip
 
 
