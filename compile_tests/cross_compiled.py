@@ -7,6 +7,7 @@ cuobjdump, and LLVM for AMD.
 
 from __future__ import annotations
 
+import inspect
 import json
 import pathlib
 import re
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia_compiler
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -151,9 +153,7 @@ def nvidia(kernel: Any, target: str) -> dict[str, Any]:
         cubin.write_bytes(kernel.asm["cubin"])
         architecture = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.M)
         assert architecture is not None
-        blackwell = TOOLS / "ptxas-blackwell"
-        ptxas = blackwell if target == "sm_100" and blackwell.exists() else TOOLS / "ptxas"
-        command = [str(ptxas), "-v", "--gpu-name", architecture[1], str(ptx), "-o", "/dev/null"]
+        command = [ptxas_for(TARGETS[target].arch), "-v", "--gpu-name", architecture[1], str(ptx), "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         dump = [str(TOOLS / "cuobjdump"), "-sass", str(cubin)]
         code = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
@@ -165,6 +165,12 @@ def nvidia(kernel: Any, target: str) -> dict[str, Any]:
         "descriptors": wrong_descriptors(code),
         "beside": beside_the_product(code),
     }
+
+
+def ptxas_for(arch: int) -> str:
+    """The ptxas that triton itself takes: it brings up to two, and which one serves sm_90 changed with 3.9."""
+    by_arch = inspect.signature(nvidia_compiler.get_ptxas).parameters
+    return (nvidia_compiler.get_ptxas(arch) if by_arch else nvidia_compiler.get_ptxas()).path
 
 
 def wrong_descriptors(code: str) -> list[str]:

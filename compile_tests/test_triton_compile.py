@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -13,15 +12,12 @@ import pytest
 import torch
 from graphs import Counter
 from torch._inductor.utils import run_and_get_code
+from triton_here import needs_gluon, needs_triton
 
 import compiled_attn
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = ("triton", "triton_varlen")
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed; pip install -e '.[dev]'"
-)
 
 # Bytes a thread may spill. dK/dV of head_dim 128 on sm_90 spills 5 stores a step and is still the fastest: 531 TFLOP/s
 # on an H200, 443 with two stages, which spill nothing in the loop. All else is outside the loops.
@@ -75,6 +71,7 @@ def test_shipped_configurations_in_every_variant_on_hopper(width):
 
 
 @needs_triton
+@needs_gluon
 @pytest.mark.parametrize(
     ("width", "variants"),
     [

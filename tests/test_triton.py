@@ -7,7 +7,6 @@ float16: the interpreter's bfloat16 products are garbage (raw 16-bit patterns ar
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -17,15 +16,12 @@ import sys
 import interpreted
 import pytest
 import torch
+from triton_here import needs_interpreter, needs_triton
 
 import compiled_attn
 from compiled_attn.ops import _triton_configs as configs
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed; pip install -e '.[dev]'"
-)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +38,14 @@ def found() -> dict[str, str]:
 
 
 @needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("name", list(interpreted.CASES))
 def test_interpreted(found, name):
     assert found[name] == ""
 
 
 @needs_triton
+@needs_interpreter
 def test_every_case_ran(found):
     assert set(found) == set(interpreted.CASES)
     assert len(found) > 80

@@ -8,11 +8,12 @@ what the compiler makes of it, compile_tests/test_triton_compile.py looks at; th
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import itertools
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -22,6 +23,7 @@ import hopper_plans
 import pytest
 import torch
 from graphs import Counter
+from triton_here import HAS_GLUON, needs_gluon, needs_interpreter, needs_triton
 
 import compiled_attn
 from compiled_attn import cli_explain, registry
@@ -31,10 +33,6 @@ from compiled_attn.spec import Call, reasons
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = ("triton_hopper", "triton_hopper_varlen")
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed; pip install -e '.[dev]'"
-)
 
 CALL = Call(
     query=(2, 100, 4, 64), key=(2, 90, 2, 64), value=(2, 90, 2, 64), dtypes=(torch.bfloat16,) * 3,
@@ -102,7 +100,16 @@ def test_a_process_without_such_a_gpu(monkeypatch, seen, reason):
 
 
 @needs_triton
-def test_the_gluon_that_is_installed_is_taken_or_refused_with_what_it_lacks():
+@pytest.mark.skipif(HAS_GLUON, reason="this triton has the Gluon of the kernel")
+def test_another_gluon_is_refused_with_what_it_lacks():
+    (reason,) = triton_hopper.PACKAGE.missing()
+    assert re.search(r"(has|takes) no ", reason)
+    assert "written for triton 3.6 to 3.8" in reason
+
+
+@needs_triton
+@needs_gluon
+def test_the_gluon_that_is_installed_is_taken_and_one_that_lacks_something_refused():
     module = importlib.import_module("triton.experimental.gluon.language.nvidia.hopper")
     assert triton_hopper.bind(module).__name__ == "compiled_attn.ops._hopper_launch"
     poorer = types.SimpleNamespace(**{name: item for name, item in vars(module).items() if name != "warpgroup_mma"})
@@ -184,12 +191,14 @@ def emulated() -> dict[str, str]:
 
 
 @needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("case", hopper_plans.CASES)
 def test_plans(plans, case):
     assert plans[case] == ""
 
 
 @needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("case", hopper_emulated.CASES)
 def test_the_source_of_the_kernel(emulated, case):
     assert emulated[case] == ""
