@@ -220,17 +220,17 @@ def test_switch_in_a_package_follows_contexts(switch_package: Path) -> None:
     x, _ = inputs()
     keep, value = torch.ones(2, 8, dtype=torch.bool), model.heads(x)[2].flatten(2).detach()
     register_with_padding()
-    for name in ("test_export_double", "test_export_triple"):
+    for name in ("tmp_export_double", "tmp_export_triple"):
         with compiled_attn.attention_backend(name):
             torch.testing.assert_close(run(x, keep=keep), value * (2.0 if name.endswith("double") else 3.0))
-    compiled_attn.set_default_backend("test_export_triple")
+    compiled_attn.set_default_backend("tmp_export_triple")
     torch.testing.assert_close(run(x, keep=keep), value * 3.0)
 
 
 def register_with_padding() -> None:
     """Two instruments as in probes.py that also take key padding."""
     limits = (Limits(("cpu",), (torch.float32,), masks=("none", "key_padding"), gradient=False),)
-    for name, times in (("test_export_double", 2.0), ("test_export_triple", 3.0)):
+    for name, times in (("tmp_export_double", 2.0), ("tmp_export_triple", 3.0)):
         if name not in compiled_attn.list_backends():
 
             def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, times: float = times) -> tuple[Tensor, None, None]:
