@@ -11,7 +11,7 @@ import sys
 import packing_interpreted
 import pytest
 import torch
-from test_triton import needs_triton
+from triton_here import needs_interpreter, needs_triton
 
 from compiled_attn import masks
 from compiled_attn.ops._packing import Packing
@@ -30,6 +30,7 @@ def found() -> dict[str, str]:
 
 
 @needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("case", packing_interpreted.CASES)
 def test_interpreted(found, case):
     assert found[case] == ""
