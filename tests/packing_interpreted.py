@@ -73,7 +73,7 @@ def main() -> None:
 
     empty = torch.empty
     torch.empty = lambda *args, **kw: empty(*args, **kw).fill_(-7)  # type: ignore[assignment]
-    _packing._PLACE_BLOCK, _packing._ROW_BLOCK = 16, 8  # several steps
+    _packing._PLACE_BLOCK, _packing._ROW_BLOCK = 64, 32  # several steps
     modules: tuple[types.ModuleType, types.ModuleType] = (_quick_launch, _packing_kernels)
     _packing._kernels = lambda device: modules  # type: ignore[assignment]
     cases = itertools.product(SHAPES, MASKS, LAYOUTS)
