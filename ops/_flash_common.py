@@ -18,7 +18,7 @@ from compiled_attn.operators import Kernels, expected_shapes, lse_dtype
 from compiled_attn.spec import CAUSAL, LOW_PRECISION, LOWER_RIGHT, Call, Limits
 
 from ._native_dense import aligned, empty_to, fit, resolved_scale
-from ._packing import Packing
+from ._packing import PackedBatch
 
 # cu_seqlens_q, cu_seqlens_k and bounds of the lengths of query and key; None for a dense call
 Lengths = tuple[Tensor, Tensor, int, int]
@@ -134,31 +134,6 @@ def _call_backward(
     return fit(dq, q.shape[-1]), fit(dk, k.shape[-1]), fit(dv, v.shape[-1])
 
 
-class _Packed:
-    """A dense batch as packed sequences: queries as they are, keys by the mask, if there is one."""
-
-    def __init__(self, q: Tensor, k: Tensor, key_padding: Tensor | None) -> None:
-        self.batch, self.k_length = k.shape[:2]
-        self.packing = None if key_padding is None else Packing(key_padding)
-        if self.packing is None:
-            cu_seqlens_k = masks.dense_cu_seqlens(self.batch, self.k_length, k.device)
-        else:
-            cu_seqlens_k = self.packing.cu_seqlens
-        self.lengths = (
-            masks.dense_cu_seqlens(self.batch, q.shape[1], q.device), cu_seqlens_k, q.shape[1], self.k_length
-        )  # fmt: skip
-
-    def keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V (B, Sk, H, D) packed."""
-        return (k.flatten(0, 1), v.flatten(0, 1)) if self.packing is None else self.packing.pack(k, v)
-
-    def unpacked(self, rows: Tensor) -> Tensor:
-        """The gradient of K or V (B, Sk, H, D) from the packed one; rows of masked keys are 0 in both."""
-        if self.packing is None:
-            return rows.unflatten(0, (self.batch, self.k_length))
-        return self.packing.unpacked(rows)
-
-
 def kernels(package: Loader, dropout: bool = False) -> tuple[Kernels, Kernels, Kernels]:
     """The dense kernels of the library that ``package`` loads, the dense ones that always pack, and the varlen ones.
 
@@ -177,7 +152,7 @@ def kernels(package: Loader, dropout: bool = False) -> tuple[Kernels, Kernels, K
             options = _options(q, causal, scale, window)
             if key_padding is None and not always_pack and not library.packs(q.shape[1], k.shape[1], options[2]):
                 return _call(library, q, k, v, None, *options, dropout_p, return_lse)
-            packed = _Packed(q, k, key_padding)
+            packed = PackedBatch(q, k, key_padding)
             key, value = packed.keys(k, v)
             out, lse, rng = _call(
                 library, q.flatten(0, 1), key, value, packed.lengths, *options, dropout_p, return_lse
@@ -200,7 +175,7 @@ def kernels(package: Loader, dropout: bool = False) -> tuple[Kernels, Kernels, K
             options = (*_options(q, causal, scale, window), dropout_p, deterministic, state)
             if key_padding is None and not always_pack and not library.packs(q.shape[1], k.shape[1], options[2]):
                 return *_call_backward(library, grad_out, q, k, v, out, lse, None, *options), None
-            packed = _Packed(q, k, key_padding)
+            packed = PackedBatch(q, k, key_padding)
             key, value = packed.keys(k, v)
             dq, dk, dv = _call_backward(
                 library, grad_out.flatten(0, 1), q.flatten(0, 1), key, value, out.flatten(0, 1),

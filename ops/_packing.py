@@ -68,6 +68,31 @@ class Packing:
         return rows.index_select(0, self._target).unflatten(0, (self.batch, self.length))
 
 
+class PackedBatch:
+    """A dense batch as packed sequences: queries as they are, keys by the mask, if there is one."""
+
+    def __init__(self, q: Tensor, k: Tensor, key_padding: Tensor | None) -> None:
+        self.batch, self.k_length = k.shape[:2]
+        self.packing = None if key_padding is None else Packing(key_padding)
+        if self.packing is None:
+            cu_seqlens_k = masks.dense_cu_seqlens(self.batch, self.k_length, k.device)
+        else:
+            cu_seqlens_k = self.packing.cu_seqlens
+        self.lengths = (
+            masks.dense_cu_seqlens(self.batch, q.shape[1], q.device), cu_seqlens_k, q.shape[1], self.k_length
+        )  # fmt: skip
+
+    def keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V (B, Sk, H, D) packed."""
+        return (k.flatten(0, 1), v.flatten(0, 1)) if self.packing is None else self.packing.pack(k, v)
+
+    def unpacked(self, rows: Tensor) -> Tensor:
+        """The gradient of K or V (B, Sk, H, D) from the packed one; rows of masked keys are 0 in both."""
+        if self.packing is None:
+            return rows.unflatten(0, (self.batch, self.k_length))
+        return self.packing.unpacked(rows)
+
+
 def _power(width: int) -> int:
     return 1 << (width - 1).bit_length()
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._triton_tiles import load_rows, store_rows
+
 _PLAIN = ["keep_batch", "keep_key", "batch", "length"]
 _ROWS = ["k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "heads", "length", "total"]
 
@@ -47,12 +49,9 @@ def copy_rows(From, To, number, key, head, batch_stride, row_stride, head_stride
     """Rows of one head from (B, S, H, D) to (T, H, D). Strides are in units of UNIT elements, so that the compiler
     knows that rows are aligned; multiplied by it last, in 64 bits.
     """
-    columns = tl.arange(0, WIDTH)
     offsets = (number * batch_stride + key * row_stride + head * head_stride) * UNIT
-    seen = inside[:, None] & (columns < D)[None, :]
-    rows = tl.load(From + offsets[:, None] + columns[None, :], mask=seen, other=0.0)
-    to = (places.to(tl.int64) * heads + head) * D
-    tl.store(To + to[:, None] + columns[None, :], rows, mask=seen)
+    rows = load_rows(From, offsets, inside, 0, WIDTH, D, True)
+    store_rows(To, (places.to(tl.int64) * heads + head) * D, inside, rows, 0, WIDTH, D)
 
 
 @triton.jit(do_not_specialize=_ROWS)

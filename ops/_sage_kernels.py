@@ -19,7 +19,7 @@ from compiled_attn.operators import Kernels
 from compiled_attn.spec import CAUSAL, report
 
 from ._native_dense import aligned
-from ._packing import Packing
+from ._packing import PackedBatch
 from ._quick_launch import on
 from ._sage_library import BLOCK_K, BLOCK_Q, PACKED_WIDTHS, Dense, Packed
 
@@ -198,17 +198,9 @@ def _flattened(
     library: Packed, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
     """Dense attention by the packed kernels: (B, Sq, H, D). Of masked keys nothing is left in the packed ones."""
-    batch, length, longest = *q.shape[:2], k.shape[1]
-    cu_seqlens_q = masks.dense_cu_seqlens(batch, length, q.device)
-    if key_padding is None:
-        cu_seqlens_k = masks.dense_cu_seqlens(batch, longest, q.device)
-        k, v = k.flatten(0, 1), v.flatten(0, 1)
-    else:
-        packing = Packing(key_padding)
-        cu_seqlens_k = packing.cu_seqlens
-        k, v = packing.pack(k, v)
-    out = _packed(library, q.flatten(0, 1), k, v, cu_seqlens_q, cu_seqlens_k, length, longest, is_causal, scale)
-    return out.unflatten(0, (batch, length))
+    packed = PackedBatch(q, k, key_padding)
+    key, value = packed.keys(k, v)
+    return _packed(library, q.flatten(0, 1), key, value, *packed.lengths, is_causal, scale).unflatten(0, q.shape[:2])
 
 
 def _packed(

@@ -29,7 +29,7 @@ from compiled_attn.spec import LOW_PRECISION, Call, Limits
 
 from ._flex_blocks import copied, kept
 from ._flex_call import Result, attend, autograd_keys, compiled, compiled_with, flex, run
-from ._native_dense import math_backward
+from ._native_dense import math_backward, needs_gradient
 from ._native_varlen import math_varlen_backward
 
 Gradients = tuple[Tensor, Tensor, Tensor, None]
@@ -185,9 +185,9 @@ def traced(
     if not compiling and block_mask is None and isinstance(q, FakeTensor):
         # a trace that is not Dynamo's (make_fx, FakeTensorMode): nothing to compile and run a kernel for, and a mask
         # without memory cannot say which blocks were kept for it
-        gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        return_lse = return_lse or needs_gradient(q, k, v)
         out, lse, _ = torch.ops.compiled_attn.flex.v1(
-            q, k, v, mask, key_padding, dropout_p, causal, scale, gqa, window, deterministic, return_lse or gradient
+            q, k, v, mask, key_padding, dropout_p, causal, scale, gqa, window, deterministic, return_lse
         )
         return out, lse
     if not compiling:

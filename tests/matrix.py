@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import pytest
 import stand_in  # noqa: F401  registers a third party's backend, which goes through the same matrix
 import torch
@@ -133,6 +134,17 @@ class Case:
         bias[..., ::5] = -math.inf
         bias[:, -1:, 2:3] = -math.inf
         return {"attn_mask": bias.to(self.dtype).to(self.device)}
+
+
+def far_apart(*tensors: Tensor) -> list[Tensor]:
+    """float16 copies whose sequences lie 2^31 elements apart: 4 GB of addresses each, a few pages of them touched."""
+    room = 2**14
+    gaps = max(tensors[0].shape[0] - 1, 0) * 2**31
+    store = torch.from_numpy(numpy.empty(gaps + len(tensors) * room, dtype=numpy.float16))
+    return [
+        store.as_strided(one.shape, (2**31, *one.stride()[1:]), place * room).copy_(one)
+        for place, one in enumerate(tensors)
+    ]
 
 
 def plain(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 
-import numpy
 import torch
+from matrix import far_apart
 
 from compiled_attn import masks
 
@@ -36,11 +36,8 @@ def _keys(batch: int, length: int, layout: str) -> tuple[torch.Tensor, torch.Ten
         return torch.randn(batch, length, 3, 2, 16).unbind(2)[1:]  # type: ignore[return-value]
     if layout == "strided_width":
         return tuple(torch.randn(2, batch, length, 2, 32)[..., ::2])  # type: ignore[return-value]
-    if layout == "far_batches":  # 2^31 elements apart: 4 GB of addresses a sequence, of which a few pages are touched
-        far = torch.from_numpy(numpy.empty(max(batch - 1, 0) * 2**31 + 2**14, dtype=numpy.float16))
-        near = torch.randn(2, batch, length, 2, 16).half()
-        strides = (2**31, *near.stride()[2:])
-        return tuple(far.as_strided(one.shape, strides, place * 2**13).copy_(one) for place, one in enumerate(near))
+    if layout == "far_batches":
+        return tuple(far_apart(*torch.randn(2, batch, length, 2, 16).half()))  # type: ignore[return-value]
     if layout == "wider_values":
         return torch.randn(batch, length, 2, 16), torch.randn(batch, length, 2, 40)
     return tuple(torch.randn(2, batch, length, 2, 13 if layout == "odd_width" else 16))  # type: ignore[return-value]

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import packing_interpreted
 import pytest
 import torch
-from triton_here import needs_interpreter, needs_triton
+from triton_here import needs_interpreter, needs_triton, run_interpreted
 
 from compiled_attn import masks
 from compiled_attn.ops._packing import Packing
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, str]:
     """What was wrong with each case; "" for a case that is right."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "packing_interpreted.py")]
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return run_interpreted("packing_interpreted.py")
 
 
 @needs_triton

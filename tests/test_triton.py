@@ -7,8 +7,6 @@ float16: the interpreter's bfloat16 products are garbage (raw 16-bit patterns ar
 
 from __future__ import annotations
 
-import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -16,7 +14,7 @@ import sys
 import interpreted
 import pytest
 import torch
-from triton_here import needs_interpreter, needs_triton
+from triton_here import needs_interpreter, needs_triton, run_interpreted
 
 import compiled_attn
 from compiled_attn.ops import _triton_configs as configs
@@ -27,14 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def found() -> dict[str, str]:
     """What was wrong with each case; "" for a case that is right."""
-    path = os.pathsep.join((str(ROOT), *sys.path))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", str(ROOT / "tests" / "interpreted.py")],
-        env=environment, cwd=ROOT / "tests", capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return run_interpreted("interpreted.py")
 
 
 @needs_triton

@@ -11,7 +11,6 @@ import dataclasses
 import importlib
 import itertools
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -23,7 +22,7 @@ import hopper_plans
 import pytest
 import torch
 from graphs import Counter
-from triton_here import HAS_GLUON, needs_gluon, needs_interpreter, needs_triton
+from triton_here import HAS_GLUON, needs_gluon, needs_interpreter, needs_triton, run_interpreted
 
 import compiled_attn
 from compiled_attn import cli_explain, registry
@@ -168,26 +167,14 @@ def test_a_backend_that_cannot_run_the_call_is_not_named_fastest(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- plans, interpreted
-def interpreted(program: str) -> dict[str, str]:
-    """What a program beside this file, in a process with Triton's interpreter, found wrong with each of its cases."""
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path)),
-    }  # fmt: skip
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / program)]
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def plans() -> dict[str, str]:
-    return interpreted("hopper_plans.py")
+    return run_interpreted("hopper_plans.py")
 
 
 @pytest.fixture(scope="module")
 def emulated() -> dict[str, str]:
-    return interpreted("hopper_emulated.py")
+    return run_interpreted("hopper_emulated.py")
 
 
 @needs_triton

@@ -1,8 +1,13 @@
-"""Marks for tests by what the installed triton can do."""
+"""Marks for tests by what the installed triton can do, and its interpreter in a process of its own."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 from torch.torch_version import TorchVersion
@@ -25,3 +30,18 @@ HAS_GLUON = TRITON >= "3.6" and TRITON < "3.9"
 needs_gluon = pytest.mark.skipif(
     not HAS_GLUON, reason=f"the kernel for Hopper is written for the Gluon of triton 3.6 to 3.8, not {TRITON}; refused"
 )
+
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run_interpreted(program: str) -> dict[str, str]:
+    """What a program beside this file, in a process with Triton's interpreter, found wrong with each of its cases."""
+    environment = {
+        **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path)),
+    }  # fmt: skip
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / program)]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])

@@ -171,6 +171,7 @@ def _training(
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
+    """scaled_dot_product_attention of (B, S, H, D) with a key-padding mask."""
     mask = None if keep is None else keep[:, None, None, :]
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
 
@@ -181,6 +182,11 @@ def sampled_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | N
     heads = torch.tensor([0, q.shape[2] - 1], device=q.device)
     want, _ = reference.attention(q[:, rows][:, :, heads], k[:, :, heads], v[:, :, heads], key_padding_mask=keep)
     got = out.detach()[:, rows][:, :, heads].double()
+    return relative(got, want)
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want|, Frobenius norms."""
     return float((got - want).norm() / want.norm())
 
 

@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
     prepared = measure.prepare(models.build("flux", arguments.device, dtype, real=gpu), arguments.backends)
     for name, reasons in prepared.skipped.items():
         print(f"{name}: {reasons}", file=sys.stderr)
-    rows: list[dict[str, Any]] = []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in (bar := tqdm(prepared.backends, desc="packages", unit="package")):
             bar.set_postfix_str(name)

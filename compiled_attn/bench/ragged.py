@@ -27,7 +27,7 @@ from compiled_attn import reference, registry
 
 from .. import cli_table
 from ..cli_machine import provenance, save
-from .kernels import plain, sampled_error
+from .kernels import plain, relative, sampled_error
 from .timing import ceiling, milliseconds
 
 # name: batch, query length, key length, heads, head_dim (docs/triton.md says whose they are)
@@ -90,16 +90,12 @@ class Work:
     def random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, dtype=self.dtype, device=self.device).requires_grad_()
 
-    def times(self, calls: dict[str, Call]) -> dict[str, list[float | None]]:
+    def times(self, calls: dict[str, Call]) -> dict[str, tuple[float, float | None]]:
         """Milliseconds of forward and backward of each call, which take turns."""
         with torch.no_grad():
-            found: dict[str, list[float | None]] = {
-                name: [one] for name, one in self._turns({name: call.run for name, call in calls.items()}).items()
-            }
-        backwards = {name: self._backward(call) for name, call in calls.items()} if self.backward else {}
-        for name, one in self._turns(backwards).items():
-            found[name].append(one)
-        return {name: [*both, None][:2] for name, both in found.items()}
+            forward = self._turns({name: call.run for name, call in calls.items()})
+        backward = self._turns({name: self._backward(call) for name, call in calls.items()}) if self.backward else {}
+        return {name: (forward[name], backward.get(name)) for name in calls}
 
     def _turns(self, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
         rounds: dict[str, list[float]] = {name: [] for name in calls}
@@ -200,8 +196,8 @@ def _rate(flop: float, ms: float | None) -> float | None:
     return None if ms is None else flop / ms / 1e9
 
 
-def _over(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one / other
+def _over(one: float | None, other: float | None, factor: float = 1.0) -> float | None:
+    return None if one is None or other is None else factor * one / other
 
 
 def _dense(work: Work, name: str, sizes: tuple[int, ...], providers: list[str]) -> Iterator[dict[str, Any]]:
@@ -224,7 +220,7 @@ def _dense(work: Work, name: str, sizes: tuple[int, ...], providers: list[str]) 
             for provider, call in calls.items()
         }
     times = work.times(calls)
-    ours = times.get(work.ours, [None, None])
+    ours = times.get(work.ours, (None, None))
     for provider, (forward, backward) in times.items():
         yield {
             "shape": name,
@@ -281,10 +277,10 @@ def _ragged(work: Work, name: str, lengths: tuple[int, ...], heads: int, width: 
         "right": errors[work.ours] <= 2 * errors["_native_flash"] + 1e-5,
         "error": errors[work.ours],
         "forward": _rate(flop, mine[0]),
-        "of own dense": share * (own[0] or 0.0) / (mine[0] or 1.0),
+        "of own dense": _over(own[0], mine[0], share),
         "of flash": _over(theirs[0], mine[0]),
         "backward": _rate(2.5 * flop, mine[1]),
-        "backward of own dense": None if mine[1] is None else share * (own[1] or 0.0) / mine[1],
+        "backward of own dense": _over(own[1], mine[1], share),
         "backward of flash": _over(theirs[1], mine[1]),
     }
 
@@ -295,7 +291,7 @@ def _packed_error(out: Tensor, inputs: list[Tensor], starts: Tensor) -> float:
     got = out.detach()[:, heads].double()
     query, key, value = (tensor.detach()[:, heads].double() for tensor in inputs)
     want, _ = reference.varlen_attention(query, key, value, starts, starts)
-    return float((got - want).norm() / want.norm())
+    return relative(got, want)
 
 
 def _masked(work: Work, name: str, sizes: tuple[int, ...]) -> dict[str, Any]:
