@@ -47,7 +47,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 HOPPER: dict[str, dict[str, Any]] = {
     "plain": {},
-    "long": {"ORDERED": False},
     "causal": {"RIGHT": True},
     "packed": {"VARLEN": True},
     "listed": {"LISTED": True},
@@ -100,7 +99,7 @@ def hopper(head_dim: int, variant: str) -> tuple[Any, Any]:
     width = _hopper_launch.width_of(head_dim)
     flags = ("LEFT", "RIGHT", "LOWER_RIGHT", "VARLEN", "LISTED")
     constants: dict[str, Any] = {
-        "GROUP": 1, **dict.fromkeys(flags, False), "LSE": True, **config.constants(1000), **more, "WIDTH": width,
+        "GROUP": 1, **dict.fromkeys(flags, False), "LSE": True, **config.constants(), **more, "WIDTH": width,
     }  # fmt: skip
     if not constants["LISTED"]:
         constants.update(k_copies=None, v_copies=None)
@@ -120,28 +119,30 @@ def hopper(head_dim: int, variant: str) -> tuple[Any, Any]:
 
 
 def beside_the_product(code: str) -> list[tuple[int, int]]:
-    """Of each stretch of machine code in which only the product with the values is in flight: exponentials and accesses
-    to spilled registers. ptxas 12.8 moves the wait for that product up if it may, and the softmax runs beside nothing.
+    """Of each stretch of machine code in which only the product with the values is in flight: steps of the row maxima and
+    accesses to spilled registers. ptxas 12.8 moves the wait for that product up if it may.
     """
     stretches = re.findall(r"DEPBAR\.LE gsb0, 0x1\b(.*?)DEPBAR\.LE gsb0, 0x0\b", code, re.S)
-    return [(one.count("MUFU.EX2"), len(re.findall(r"\b(?:LDL|STL)\b", one))) for one in stretches]
+    return [(one.count("FMNMX"), len(re.findall(r"\b(?:LDL|STL)\b", one))) for one in stretches]
 
 
-def still_copies(code: str) -> list[str]:
-    """Copies of keys and values, in ttgir, whose row is none of the loop's own values: each step would load one block.
+def copies(code: str) -> list[tuple[str, bool]]:
+    """Copies of keys and values in ttgir, those in a loop over steps, and whether the row is one of the loop's own values.
 
-    Triton 3.6 and 3.7 leave a variable out of a loop's state if it enters the loop as the same value as another one and
-    takes that one's place there. Seen on an H200: right results for one block of keys, wrong ones for more.
+    Otherwise each step would load one block: Triton 3.6 and 3.7 leave a variable out of a loop's state if it enters the
+    loop as the same value as another one and takes that one's place there. Seen on an H200: right results for one block
+    of keys, wrong ones for more.
     """
-    found, own = [], set()
+    found, own, over = [], set(), ""
     for line in code.splitlines():
         loop = re.search(r"scf\.for (%\w+) = .*?(?:iter_args\((.*?)\) ->|:)", line)
         if loop:
-            own = {loop[1], *re.findall(r"(%\w+) =", loop[2] or "")}
+            over = loop[1]
+            own = {over, *re.findall(r"(%\w+) =", loop[2] or "")}
         own |= set(re.findall(r"^\s*(%\w+)(?::\d+)? =", line))
-        copy = re.search(r"async_tma_copy_global_to_local %[kv]_\w+\[(.*?)\]", line)
-        if copy and copy[1].split(", ")[3].split("#")[0] not in own:
-            found.append(line.strip()[:120])
+        copy = re.search(r"async_tma_copy_global_to_local %\w+\[(.*?)\]", line)
+        if copy and over.startswith("%step"):
+            found.append((line.strip()[:120], copy[1].split(", ")[3].split("#")[0] in own))
     return found
 
 
@@ -212,8 +213,7 @@ def main(targets: list[str], widths: list[int], variants: list[str], kinds: list
                     report["shared"] = kernel.metadata.shared
                     report["config"] = str(config)
                     if kind == "hopper":
-                        report["still"] = still_copies(kernel.asm["ttgir"])
-                        report["copies"] = len(re.findall(r"copy_global_to_local %[kv]_", kernel.asm["ttgir"]))
+                        report["copies"] = copies(kernel.asm["ttgir"])
                     found[f"{target} {kind} {head_dim} {variant}"] = report
     json.dump(found, sys.stdout)
     print()

@@ -75,7 +75,7 @@ def test_shipped_configurations_in_every_variant_on_hopper(width):
 @pytest.mark.parametrize(
     ("width", "variants"),
     [
-        ("128", "plain,long"),
+        ("128", "plain"),
         *(
             pytest.param(width, "plain,causal,packed,listed,window", marks=pytest.mark.slow)
             for width in ("64", "96", "256")
@@ -84,17 +84,17 @@ def test_shipped_configurations_in_every_variant_on_hopper(width):
     ],
 )
 def test_the_kernel_for_hopper(width, variants):
-    """No scratch memory, no serialised wgmma, and the softmax where it is meant to run, without spills there."""
+    """No scratch memory, no serialised wgmma, and the maxima of the rows where they are meant to run, without spills."""
     found = printed("cross_compiled.py", "sm_90", width, variants, "hopper")
     verify(found)
     for case, report in found.items():
-        assert report["still"] == [], (case, report)
-        assert report["copies"] == (4 if case.endswith("listed") else 2), (case, report)
+        assert len(report["copies"]) == (4 if case.endswith("listed") else 2), (case, report)
+        assert all(moving for _, moving in report["copies"]), (case, report)
         keys = 64 if width == "256" else 128
         assert report["beside"], case
-        for exponentials, spills in report["beside"]:
-            # a thread has half a block's keys of each of two rows, and what the two rows shrink by
-            assert exponentials >= keys // 2, (case, report)
+        for maxima, spills in report["beside"]:
+            # a thread has half a block's keys of each of two rows
+            assert maxima >= keys // 2, (case, report)
             assert spills == 0, (case, report)
 
 

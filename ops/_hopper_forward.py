@@ -1,9 +1,10 @@
 """The forward kernel for sm_90 (H100, H200), in Gluon: a warpgroup that loads by TMA, two or three that compute.
 
-A computing warpgroup owns 64 rows of the tile: its scores, weights and accumulator stay in its registers. The product
-of the next scores and the one with the last values are in flight together; the softmax runs beside the second. Blocks
-of keys are walked from the last to the first: those cut by a length or by positions come first, the long loop
-tests nothing. Gluon has no interpreter: off sm_90 this file can only be compiled.
+A computing warpgroup owns 64 rows of the tile: its scores, weights and accumulator stay in its registers, and so do its
+rows of Q where there is room. The product of the next scores and the one with the last values are asked for together,
+in turns: while one warpgroup's products run, the others are at their softmax. Blocks of keys are walked from the last
+to the first: those cut by a length or by positions come first, the long loop tests nothing. Gluon has no interpreter:
+off sm_90 this file can only be compiled.
 
 Words: a *tile* is the rows of one turn of a program, a *block* what one step of its loop reads, a *slot* the shared
 memory of one block. Slot n % SLOTS serves block n, counted over all turns; its barriers' phase is n // SLOTS & 1.
@@ -22,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._hopper_tiles import FAR, ROWS, keys_of, place_of, produce, turn_of
+from ._hopper_tiles import FAR, ROWS, await_turn, keys_of, pass_turn, place_of, produce, turn_of
 
 
 @gluon.jit
@@ -68,33 +69,35 @@ def sum_of(weights):
 
 
 @gluon.jit
-def soften(scores, top, total, scale, CHECK: gl.constexpr):
-    """Weights of one block and the new maximum and sum of each row; what the sums so far shrink by."""
+def lift(scores, top, scale, CHECK: gl.constexpr):
+    """The new maximum of each row, that in units of the exponent, and what the sums so far shrink by."""
     new_top = gl.maximum(top, gl.convert_layout(top_of(scores), top.type.layout))
     lifted = new_top * scale
     if CHECK:
         # a row that saw nothing yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN
         lifted = gl.where(new_top == float("-inf"), 0.0, lifted)
+    return new_top, lifted, gl.exp2(top * scale - lifted)
+
+
+@gluon.jit
+def soften(scores, lifted, total, fade, scale):
+    """Weights of one block, and the new sum of each row."""
     # the scale rides on the subtraction: one multiply-add for each score
     weights = gl.exp2(scores * scale - lifted[:, None])
-    fade = gl.exp2(top * scale - lifted)
-    return weights, new_top, total * fade + gl.convert_layout(sum_of(weights), top.type.layout), fade
+    return weights, total * fade + gl.convert_layout(sum_of(weights), total.type.layout)
 
 
 @gluon.jit
 def walk(
-    acc, weights, top, total, fade, q_slot, slots, barriers, step_from, step_to, done, taken, blocks,
-    begin, end, rows, left, right, scale, never,
-    part: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, CHECK: gl.constexpr,
-    CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
-    ORDERED: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+    acc, weights, top, total, q_tile, slots, barriers, step_from, step_to, done, blocks, begin, end, rows, left, right,
+    scale, never,
+    part: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, CHECK: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_K: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, TURNS: gl.constexpr, s_layout: gl.constexpr,
+    o_layout: gl.constexpr,
 ):  # fmt: skip
-    """Blocks ``step_from`` to ``step_to``, counted from the last: scores of each, and the product of the one before.
-
-    ``fade`` is what the accumulator has yet to shrink by: it does so beside the first product.
-    """
+    """Blocks ``step_from`` to ``step_to``, counted from the last: scores of each, and the product of the one before."""
     _, k_slots, v_slots = slots
-    _, _, k_full, k_empty, v_full, v_empty, order = barriers
+    _, _, k_full, k_empty, v_full, v_empty = barriers
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     start = gl.zeros([ROWS, BLOCK_K], gl.float32, layout=s_layout)
     for step in range(step_from, step_to):
@@ -102,30 +105,30 @@ def walk(
         k_slot = number % K_SLOTS
         v_slot = (number - 1) % V_SLOTS
         mbarrier.wait(k_full.index(k_slot), (number // K_SLOTS) & 1)
-        if ORDERED:
-            # steps taken by this warpgroup so far: all but the first block of each turn
-            mbarrier.wait(order.index(part), ((number - taken - 1) & 1) ^ (part == 0))
-        scores = warpgroup_mma(q_slot, k_slots.index(k_slot).permute((1, 0)), start, use_acc=False, is_async=True)
-        acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, o_layout))[:, None]
+        if TURNS:
+            await_turn(part)
+        scores = warpgroup_mma(q_tile, k_slots.index(k_slot).permute((1, 0)), start, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(v_slot), ((number - 1) // V_SLOTS) & 1)
         product = warpgroup_mma(weights, v_slots.index(v_slot), acc, is_async=True)
-        if ORDERED:
-            mbarrier.arrive(order.index((part + 1) % CONSUMERS), count=1)
+        if TURNS:
+            pass_turn((part + 1) % CONSUMERS)
         scores = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(k_empty.index(k_slot), count=1)
         if CHECK:
             scores = hide(
                 scores, rows, begin + (blocks - 1 - step) * BLOCK_K, end, left, right, LEFT, RIGHT, BLOCK_K, s_layout
             )
-        fresh, top, total, fade = soften(scores, top, total, scale, CHECK)
-        weights = gl.convert_layout(fresh.to(weights.dtype), p_layout)
-        # Never so. The branch keeps ptxas 12.8 from moving the wait below in front of the softmax, which would then run
-        # beside nothing. (A wait that is needed would do, but ptxas moves its first try up, and that one blocks.)
+        top, lifted, fade = lift(scores, top, scale, CHECK)
+        # Never so. Without a branch ptxas 12.8 moves the wait up, in front of the maxima in some variants, and the shrinking
+        # down, behind the exponentials. Like this both run beside the products of the warpgroup whose turn it is.
         if never > 0:
             mbarrier.wait(k_full.index(k_slot), never)
         acc = warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(v_empty.index(v_slot), count=1)
-    return acc, weights, top, total, fade
+        acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, o_layout))[:, None]
+        fresh, total = soften(scores, lifted, total, fade, scale)
+        weights = gl.convert_layout(fresh.to(weights.dtype), p_layout)
+    return acc, weights, top, total
 
 
 @gluon.jit
@@ -133,7 +136,7 @@ def consume(
     part: gl.constexpr, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, VARLEN: gl.constexpr, LISTED: gl.constexpr,
     LSE: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, Q_SLOTS: gl.constexpr, K_SLOTS: gl.constexpr,
-    V_SLOTS: gl.constexpr, WIDTH: gl.constexpr, ORDERED: gl.constexpr,
+    V_SLOTS: gl.constexpr, WIDTH: gl.constexpr, TURNS: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``part`` of the computing ones: rows part * 64 to part * 64 + 63 of each tile."""
     BLOCK_Q: gl.constexpr = CONSUMERS * ROWS
@@ -149,11 +152,13 @@ def consume(
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
     q_slots, k_slots, v_slots = slots
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _order = barriers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     Plan, Count, _whole = tables
     _, heads, _, q_length, _, _ = sizes
     done = 0
     taken = 0
+    if TURNS and part == CONSUMERS - 1:
+        pass_turn(0)
     for round in range((turns + gl.num_programs(0) - 1) // gl.num_programs(0)):
         program = turn_of(round)
         number, head, first, q_from, q_rest, k_rest, q_outer, q_inner, _k_outer, _k_inner = place_of(
@@ -181,13 +186,18 @@ def consume(
             q_slot = q_slots.index(mine)
             slot = done % K_SLOTS
             mbarrier.wait(q_full.index(mine), (taken // Q_SLOTS) & 1)
+            if HELD:
+                q_rows = q_slot.load(gl.DotOperandLayout(0, s_layout, 2))
+            else:
+                q_rows = q_slot
             mbarrier.wait(k_full.index(slot), (done // K_SLOTS) & 1)
-            scores = warpgroup_mma(q_slot, k_slots.index(slot).permute((1, 0)), start, use_acc=False, is_async=True)
+            scores = warpgroup_mma(q_rows, k_slots.index(slot).permute((1, 0)), start, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=(scores,))
             mbarrier.arrive(k_empty.index(slot), count=1)
             if cut:
                 scores = hide(scores, rows, place, end, left, right, LEFT, RIGHT, BLOCK_K, s_layout)
-            fresh, top, total, fade = soften(scores, top, total, scale, True)
+            top, lifted, fade = lift(scores, top, scale, True)
+            fresh, total = soften(scores, lifted, total, fade, scale)
             weights = gl.convert_layout(fresh.to(dtype), p_layout)
             if Q_SLOTS > 1:
                 # the result of the turn before has left its slot by now
@@ -197,26 +207,25 @@ def consume(
             tested = 1
             if RIGHT or LEFT:
                 tested = gl.maximum(plain_begin, 1)
-                acc, weights, top, total, fade = walk(
-                    acc, weights, top, total, fade, q_slot, slots, barriers, 1, tested, done, taken,
-                    blocks, begin, end, rows, left, right, scale, never,
-                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ORDERED, s_layout, o_layout,
+                acc, weights, top, total = walk(
+                    acc, weights, top, total, q_rows, slots, barriers, 1, tested, done, blocks, begin, end,
+                    rows, left, right, scale, never,
+                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, TURNS, s_layout, o_layout,
                 )  # fmt: skip
-            acc, weights, top, total, fade = walk(
-                acc, weights, top, total, fade, q_slot, slots, barriers, tested, plain_end, done, taken,
-                blocks, begin, end, rows, left, right, scale, never,
-                part, LEFT, RIGHT, False, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ORDERED, s_layout, o_layout,
+            acc, weights, top, total = walk(
+                acc, weights, top, total, q_rows, slots, barriers, tested, plain_end, done, blocks, begin, end,
+                rows, left, right, scale, never,
+                part, LEFT, RIGHT, False, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, TURNS, s_layout, o_layout,
             )  # fmt: skip
             if LEFT:
                 plain_end = gl.maximum(plain_end, tested)
-                acc, weights, top, total, fade = walk(
-                    acc, weights, top, total, fade, q_slot, slots, barriers, plain_end, blocks, done, taken,
-                    blocks, begin, end, rows, left, right, scale, never,
-                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ORDERED, s_layout, o_layout,
+                acc, weights, top, total = walk(
+                    acc, weights, top, total, q_rows, slots, barriers, plain_end, blocks, done, blocks, begin, end,
+                    rows, left, right, scale, never,
+                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, TURNS, s_layout, o_layout,
                 )  # fmt: skip
             done += blocks
             slot = (done - 1) % V_SLOTS
-            acc = acc * gl.convert_layout(fade, o_row)[:, None]
             mbarrier.wait(v_full.index(slot), ((done - 1) // V_SLOTS) & 1)
             product = warpgroup_mma(weights, v_slots.index(slot), acc, is_async=True)
             share = 1.0 / gl.where(total == 0.0, 1.0, total)
@@ -258,14 +267,16 @@ def hopper_forward(
     room, turns, tiles, heads, batch, q_length, k_length, together, left, right, scale, never,
     GROUP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, VARLEN: gl.constexpr,
     LISTED: gl.constexpr, LSE: gl.constexpr, WIDTH: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr,
-    Q_SLOTS: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, REGISTERS: gl.constexpr, ORDERED: gl.constexpr,
+    Q_SLOTS: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, REGISTERS: gl.constexpr, TURNS: gl.constexpr,
+    HELD: gl.constexpr,
 ):  # fmt: skip
     """Out and Lse of dense (B, S, H, D) or packed (T, H, D) tensors, the first six as TMA descriptors of rank 5.
 
     Dimensions of a descriptor: 1, batch, head, row, column; packed: the two of :data:`FAR`, head, row, column. Columns
     from head_dim to WIDTH read as zeros. ``turns`` tiles are shared out among the programs of the grid. Plan is
     tile_plan's, Count, Whole and the copies are key_blocks' and gather_keys' (packed over the batch), where VARLEN and
-    LISTED ask for them. ``scale`` is positive and for base 2. ``never`` is 0.
+    LISTED ask for them. ``scale`` is positive and for base 2. ``never`` is 0. TURNS: the warpgroups take turns at the tensor cores.
+    HELD: rows of Q stay in registers, so that a product reads a fifth less of shared memory.
     """
     dtype: gl.constexpr = q_rows.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], dtype)
@@ -280,7 +291,6 @@ def hopper_forward(
     k_empty = gl.allocate_shared_memory(gl.int64, [K_SLOTS, 1], one)
     v_full = gl.allocate_shared_memory(gl.int64, [V_SLOTS, 1], one)
     v_empty = gl.allocate_shared_memory(gl.int64, [V_SLOTS, 1], one)
-    order = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], one)
     for index in gl.static_range(Q_SLOTS * CONSUMERS):
         mbarrier.init(q_full.index(index), count=1)
         mbarrier.init(q_empty.index(index), count=1)
@@ -290,59 +300,58 @@ def hopper_forward(
     for index in gl.static_range(V_SLOTS):
         mbarrier.init(v_full.index(index), count=1)
         mbarrier.init(v_empty.index(index), count=CONSUMERS)
-    for index in gl.static_range(CONSUMERS):
-        mbarrier.init(order.index(index), count=1)
     fence_async_shared()
     slots = (q_slots, k_slots, v_slots)
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, order)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     tables = (Plan, Count, Whole)
     sizes = (tiles, heads, batch, q_length, k_length, together)
+    # the loading one is a single warp: four of them are 6 % of all instructions, and 4 % of the time of cross attention
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
+                (consume, (
+                    0, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
+                    LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
+                    WIDTH, TURNS, HELD,
+                )),
+                (consume, (
+                    1, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
+                    LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
+                    WIDTH, TURNS, HELD,
+                )),
                 (produce, (
                     q_rows, k_rows, v_rows, k_copies, v_copies, slots, barriers, tables, room, turns, sizes, left,
                     right, GROUP, LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS,
                     V_SLOTS, WIDTH,
                 )),
-                (consume, (
-                    0, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
-                    LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, ORDERED,
-                )),
-                (consume, (
-                    1, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
-                    LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, ORDERED,
-                )),
             ],
-            [4, 4],
-            [REGISTERS, REGISTERS],
+            [4, 1],
+            [REGISTERS, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
+                (consume, (
+                    0, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
+                    LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
+                    WIDTH, TURNS, HELD,
+                )),
+                (consume, (
+                    1, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
+                    LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
+                    WIDTH, TURNS, HELD,
+                )),
+                (consume, (
+                    2, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
+                    LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
+                    WIDTH, TURNS, HELD,
+                )),
                 (produce, (
                     q_rows, k_rows, v_rows, k_copies, v_copies, slots, barriers, tables, room, turns, sizes, left,
                     right, GROUP, LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS,
                     V_SLOTS, WIDTH,
                 )),
-                (consume, (
-                    0, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
-                    LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, ORDERED,
-                )),
-                (consume, (
-                    1, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
-                    LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, ORDERED,
-                )),
-                (consume, (
-                    2, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
-                    LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, ORDERED,
-                )),
             ],
-            [4, 4, 4],
-            [REGISTERS, REGISTERS, REGISTERS],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
         )  # fmt: skip

@@ -42,8 +42,8 @@ class Config:
     """Computing warpgroups (64 rows each), keys of a block, tiles of Q, blocks of K and of V in memory, registers
     of a computing thread.
 
-    ``ordered``: for up to this many keys the warpgroups take turns at the tensor cores. ``persistent``: a grid of one
-    program a multiprocessor.
+    ``turns``: the warpgroups take turns at the tensor cores. ``held``: rows of Q stay in registers. ``persistent``: a grid
+    of one program a multiprocessor.
     """
 
     consumers: int
@@ -52,25 +52,25 @@ class Config:
     k_slots: int
     v_slots: int
     registers: int
-    ordered: int = 0
+    turns: bool = True
+    held: bool = False
     persistent: bool = True
 
-    def constants(self, keys: int) -> dict[str, Any]:
-        """What the kernel is compiled for, in the order of its parameters, for sequences of about this many keys."""
+    def constants(self) -> dict[str, Any]:
+        """What the kernel is compiled for, in the order of its parameters."""
         return {
             "CONSUMERS": self.consumers, "BLOCK_K": self.block_k, "Q_SLOTS": self.q_slots, "K_SLOTS": self.k_slots,
-            "V_SLOTS": self.v_slots, "REGISTERS": self.registers, "ORDERED": keys <= self.ordered,
+            "V_SLOTS": self.v_slots, "REGISTERS": self.registers, "TURNS": self.turns, "HELD": self.held,
         }  # fmt: skip
 
 
-# Taking turns: 1.04 of the speed for 512 keys, the same for 4,608, and 0.95 for 32,760 (H200, head_dim 128), where
-# waiting for a turn costs power that the products could have.
-_SHORT, _ANY = 4096, 1 << 40
 # head columns in shared memory -> configuration, and the one for causal masks and windows
 TABLE: dict[int, tuple[Config, Config]] = {
     64: (Config(3, 128, 2, 3, 4, 160), Config(2, 128, 2, 3, 4, 240)),
-    128: (Config(2, 128, 2, 2, 3, 240, _SHORT), Config(2, 128, 2, 2, 3, 240, _ANY)),
-    256: (Config(2, 64, 1, 2, 3, 240), Config(2, 64, 1, 2, 3, 240)),
+    # Q in registers: 1.01 flux and wan480; 0.96 of the speed where a loop with tests needs the registers
+    128: (Config(2, 128, 2, 2, 3, 240, held=True), Config(2, 128, 2, 2, 3, 240)),
+    # turns: level, with what they cost
+    256: (Config(2, 64, 1, 2, 3, 240, turns=False), Config(2, 64, 1, 2, 3, 240, turns=False)),
 }
 
 
@@ -225,7 +225,7 @@ def forward(
             {
                 "GROUP": heads // key_heads, "LEFT": left >= 0, "RIGHT": right >= 0,
                 "LOWER_RIGHT": bool(causal & ALIGN_LOWER_RIGHT), "VARLEN": packed, "LISTED": listed is not None,
-                "LSE": return_lse, "WIDTH": width, **config.constants(k_length // batch if packed else k_length),
+                "LSE": return_lse, "WIDTH": width, **config.constants(),
             },
             4, q.device.index,
         )  # fmt: skip

@@ -88,6 +88,9 @@ class Slot:
     def store(self, value: Tensor) -> None:
         self.data.copy_(value)
 
+    def load(self, layout: Any) -> Tile:
+        return tile(self.data.clone())
+
     def read(self) -> Tensor:
         return self.data
 
@@ -194,6 +197,28 @@ def store_wait(pendings: int) -> None:
     mine.pending = []
 
 
+class Turns:
+    """Named barriers: one warpgroup waits at each, another arrives."""
+
+    def __init__(self) -> None:
+        self.passed: dict[int, int] = {}
+
+    def hand(self, part: int) -> None:
+        with change:
+            self.passed[part] = self.passed.get(part, 0) + 1
+            assert self.passed[part] == 1, "a turn was passed on twice: the barrier would open for nobody"
+            change.notify_all()
+
+    def wait(self, part: int) -> None:
+        with change:
+            if not change.wait_for(lambda: self.passed.get(part, 0), PATIENCE):
+                raise TimeoutError("deadlock")
+            self.passed[part] = 0
+
+
+turns = Turns()
+
+
 class Product:
     def __init__(self, operands: list[Any], acc: Tensor | None) -> None:
         self.operands = operands
@@ -210,6 +235,7 @@ class Product:
 
 def warp_specialize(functions: list[Any], warps: list[int], registers: list[int]) -> None:
     errors: list[BaseException] = []
+    turns.passed.clear()
 
     def run(function: Any, arguments: Any) -> None:
         try:
@@ -269,6 +295,8 @@ def gluon() -> tuple[types.SimpleNamespace, dict[str, Any]]:
         "fence_async_shared": lambda: None,
         "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=True: Product([a, b], acc if use_acc else None),
         "warpgroup_mma_wait": lambda outstanding, deps: deps[0].finish(),
+        "await_turn": turns.wait,
+        "pass_turn": turns.hand,
         "ROWS": 64,
         "FAR": 1 << 30,
     }
@@ -283,10 +311,10 @@ def installed() -> Any:
     language, others = gluon()
     for module in (_hopper_tiles, _hopper_forward):
         for name, item in list(vars(module).items()):
-            if type(item).__name__ == "GluonJITFunction":
-                setattr(module, name, item.fn)
-            elif name in others:
+            if name in others:
                 setattr(module, name, others[name])
+            elif type(item).__name__ == "GluonJITFunction":
+                setattr(module, name, item.fn)
         module.gl = language  # type: ignore[attr-defined]
 
     def launch(
