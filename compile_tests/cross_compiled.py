@@ -119,15 +119,15 @@ def hopper(head_dim: int, variant: str) -> tuple[Any, Any]:
 
 
 def beside_the_product(code: str) -> list[tuple[int, int]]:
-    """Of each stretch of machine code in which only the product with the values is in flight: steps of the row maxima and
-    accesses to spilled registers. ptxas 12.8 moves the wait for that product up if it may.
+    """Of each stretch of machine code in which only the product with the values is in flight: steps of the row maxima,
+    and accesses to spilled registers. ptxas 12.8 moves the wait for that product up if it may.
     """
     stretches = re.findall(r"DEPBAR\.LE gsb0, 0x1\b(.*?)DEPBAR\.LE gsb0, 0x0\b", code, re.S)
     return [(one.count("FMNMX"), len(re.findall(r"\b(?:LDL|STL)\b", one))) for one in stretches]
 
 
 def copies(code: str) -> list[tuple[str, bool]]:
-    """Copies of keys and values in ttgir, those in a loop over steps, and whether the row is one of the loop's own values.
+    """Copies of keys and values in ttgir, those in a loop over steps, and whether the row is one of the loop's own.
 
     Otherwise each step would load one block: Triton 3.6 and 3.7 leave a variable out of a loop's state if it enters the
     loop as the same value as another one and takes that one's place there. Seen on an H200: right results for one block

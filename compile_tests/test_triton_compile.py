@@ -84,7 +84,7 @@ def test_shipped_configurations_in_every_variant_on_hopper(width):
     ],
 )
 def test_the_kernel_for_hopper(width, variants):
-    """No scratch memory, no serialised wgmma, and the maxima of the rows where they are meant to run, without spills."""
+    """No scratch memory, no serialised wgmma, and the maxima of rows where they are meant to run, without spills."""
     found = printed("cross_compiled.py", "sm_90", width, variants, "hopper")
     verify(found)
     for case, report in found.items():

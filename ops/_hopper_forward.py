@@ -119,8 +119,8 @@ def walk(
                 scores, rows, begin + (blocks - 1 - step) * BLOCK_K, end, left, right, LEFT, RIGHT, BLOCK_K, s_layout
             )
         top, lifted, fade = lift(scores, top, scale, CHECK)
-        # Never so. Without a branch ptxas 12.8 moves the wait up, in front of the maxima in some variants, and the shrinking
-        # down, behind the exponentials. Like this both run beside the products of the warpgroup whose turn it is.
+        # Never so. Without a branch ptxas 12.8 moves the wait up, in front of the maxima in some variants, and the
+        # shrinking down, behind the exponentials. Like this the two are mixed, and run beside another's products.
         if never > 0:
             mbarrier.wait(k_full.index(k_slot), never)
         acc = warpgroup_mma_wait(0, deps=(product,))
@@ -275,8 +275,8 @@ def hopper_forward(
     Dimensions of a descriptor: 1, batch, head, row, column; packed: the two of :data:`FAR`, head, row, column. Columns
     from head_dim to WIDTH read as zeros. ``turns`` tiles are shared out among the programs of the grid. Plan is
     tile_plan's, Count, Whole and the copies are key_blocks' and gather_keys' (packed over the batch), where VARLEN and
-    LISTED ask for them. ``scale`` is positive and for base 2. ``never`` is 0. TURNS: the warpgroups take turns at the tensor cores.
-    HELD: rows of Q stay in registers, so that a product reads a fifth less of shared memory.
+    LISTED ask for them. ``scale`` is positive and for base 2. ``never`` is 0. TURNS: the warpgroups take turns at the
+    tensor cores. HELD: rows of Q stay in registers, so that a step reads a fifth less of shared memory.
     """
     dtype: gl.constexpr = q_rows.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], dtype)

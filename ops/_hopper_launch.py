@@ -42,8 +42,8 @@ class Config:
     """Computing warpgroups (64 rows each), keys of a block, tiles of Q, blocks of K and of V in memory, registers
     of a computing thread.
 
-    ``turns``: the warpgroups take turns at the tensor cores. ``held``: rows of Q stay in registers. ``persistent``: a grid
-    of one program a multiprocessor.
+    ``turns``: the warpgroups take turns at the tensor cores. ``held``: rows of Q stay in registers. ``persistent``: a
+    grid of one program a multiprocessor.
     """
 
     consumers: int
