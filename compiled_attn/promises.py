@@ -15,7 +15,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -291,7 +291,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Try everything, or print what was tried; exit status 1 if a cell failed."""
     if arguments.worker:
-        print(json.dumps(try_all(arguments.worker, arguments.device)))
+        for found in try_all(arguments.worker, arguments.device):
+            print(json.dumps(found), flush=True)
         return 0
     if arguments.markdown:
         table = markdown([json.loads(pathlib.Path(name).read_text()) for name in arguments.markdown])
@@ -324,31 +325,45 @@ def _in_a_process(name: str, arguments: argparse.Namespace) -> dict[str, dict[st
         if missing:
             return {cell: {"result": "not run", "reason": "; ".join(missing)} for cell in CELLS}
     command = [sys.executable, "-m", "compiled_attn", "promises", "--worker", name, "--device", arguments.device]
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout, check=False)
-        if done.returncode == 0:
-            return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-        reason = f"exit status {done.returncode}: {done.stderr[-500:]}"
-        return {cell: {"result": FAILED, "reason": reason} for cell in CELLS}
-    return {cell: {"result": FAILED, "reason": f"not done after {arguments.timeout} s"} for cell in CELLS}
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=arguments.timeout, check=False)
+        said = done.stdout
+        reason = f"exit status {done.returncode}: {done.stderr.decode(errors='replace')[-500:]}"
+    except subprocess.TimeoutExpired as stopped:
+        said, reason = stopped.stdout or b"", f"not done after {arguments.timeout} s"
+    return _collected(said.decode(errors="replace"), reason)
 
 
-def try_all(name: str, device: str) -> dict[str, dict[str, str]]:
-    """The cells of backend ``name``, tried in this process."""
+def _collected(said: str, reason: str) -> dict[str, dict[str, str]]:
+    """The cells that a worker told of; if not all, for ``reason`` the next one failed, and those behind were not run."""
     found: dict[str, dict[str, str]] = {}
+    for line in said.splitlines():
+        with contextlib.suppress(ValueError):  # half a line
+            told = json.loads(line) if line.startswith("{") else {}
+            found.update((cell, told[cell]) for cell in CELLS if cell in told)
+    for cell in CELLS:
+        if cell not in found:
+            found[cell] = {"result": FAILED, "reason": reason}
+            reason = f"'{cell}' ended the process"
+            break
+    return {cell: found.get(cell, {"result": "not run", "reason": reason}) for cell in CELLS}
+
+
+def try_all(name: str, device: str) -> Iterator[dict[str, dict[str, str]]]:
+    """The cells of backend ``name``, tried in this process, each as it is done."""
     limits = registry.backend_info(name).limits
     if not any(device in one.devices for one in limits):
         reason = f"runs on {'/'.join(sorted({place for one in limits for place in one.devices}))}"
-        return {cell: {"result": "not run", "reason": reason} for cell in CELLS}
+        yield {cell: {"result": "not run", "reason": reason} for cell in CELLS}
+        return
     registry.usable(name)
     subject = Subject(name, device)
     for title, cell in CELLS.items():
         try:
             cell(subject)
-            found[title] = {"result": WORKS, "reason": ""}
+            yield {title: {"result": WORKS, "reason": ""}}
         except Exception as error:
-            found[title] = _told(error)
-    return found
+            yield {title: _told(error)}
 
 
 def _told(error: BaseException) -> dict[str, str]:

@@ -173,11 +173,14 @@ def aligned(tensor: Tensor) -> Tensor:
     if padding:
         return F.pad(tensor, (0, padding))
     unit = 16 // tensor.element_size()
-    strides = tensor.stride()
+    *outer, columns = tensor.stride()
     if tensor.storage_offset() % unit:
         return tensor.clone(memory_format=torch.contiguous_format)
-    if strides[-1] != 1 or strides[-3] < strides[-2] or any(stride % unit for stride in strides[:-1]):
+    if columns != 1 or outer[-2] < outer[-1]:
         return tensor.contiguous()
+    for stride in outer:  # half the time of any(), in calls that have three of these
+        if stride % unit:
+            return tensor.contiguous()
     return tensor
 
 

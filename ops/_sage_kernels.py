@@ -148,7 +148,7 @@ def _dense(
         options["return_lse"] = True
         # 2.2.0 repeats the heads of K's mean along the wrong dimension for its lse (thu-ml/SageAttention#306)
         k, v = _repeated(q, k), _repeated(q, v)
-    q_, k_, v_ = (_widened(tensor, library.widths) for tensor in (q, k, v))
+    q_, k_, v_ = _widened(library.widths, q, k, v)
 
     def run(value: Tensor) -> Any:
         return library.entry(q_, k_, value, tensor_layout="NHD", is_causal=is_causal, sm_scale=scale, **options)
@@ -213,7 +213,7 @@ def _packed(
     subtracts one mean of K from all sequences. Below it lie these kernels.
     """
     width = q.shape[-1]
-    q, k, v = (_widened(tensor, PACKED_WIDTHS) for tensor in (q, smoothed_packed(k, cu_seqlens_k), v))
+    q, k, v = _widened(PACKED_WIDTHS, q, smoothed_packed(k, cu_seqlens_k), v)
     q8, q_scale, q_starts = _quantised(library, q, cu_seqlens_q, max_seqlen_q, scale * LOG2_E, BLOCK_Q)
     k8, k_scale, k_starts = _quantised(library, k, cu_seqlens_k, max_seqlen_k, 1.0, BLOCK_K)
     attend = library.causal if is_causal else library.full
@@ -284,8 +284,10 @@ def _repeated(q: Tensor, k: Tensor) -> Tensor:
     return k if group == 1 else k.repeat_interleave(group, 2)
 
 
-def _widened(tensor: Tensor, widths: tuple[int, ...]) -> Tensor:
-    width = tensor.shape[-1]
-    padding = next(wide for wide in widths if wide >= width) - width
+def _widened(widths: tuple[int, ...], *tensors: Tensor) -> list[Tensor]:
+    width = tensors[0].shape[-1]
+    if width not in widths:
+        padding = next(wide for wide in widths if wide >= width) - width
+        return [F.pad(tensor, (0, padding)) for tensor in tensors]
     # the quantising kernels read 16 bytes at a time, and say nothing when rows lie elsewhere
-    return F.pad(tensor, (0, padding)) if padding else aligned(tensor)
+    return [aligned(tensor) for tensor in tensors]

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from compiled_attn.packages import Unfit, accepts, require
 
-from ._quick_launch import quickened
-
 INSTALL = "pip install sageattention gives 1.0.6; for 2.x, pip install git+https://github.com/thu-ml/SageAttention"
 LACKING = (
     "this build of sageattention lacks, or cannot load: build it on this machine, or with its capability in "
@@ -106,7 +104,7 @@ def bind_dense(module: Any, facts: Facts) -> Dense:
     chosen = {of: getattr(module, name, None) for of, name in _CHOSEN.items() if of in facts.chooses_for}
     facts.not_built = tuple(of for of, kernel in chosen.items() if kernel is not None and not _built(kernel))
     return Dense(
-        quickened(entry) if first else entry, facts, packed,  # the kernels of 2.x that it chooses are not Triton's
+        entry, facts, packed,
         widths=(64, 96, 128) if first else (64, 128),
         changes_k=first,
         counts_padding=_counts_padding(module),
@@ -162,7 +160,7 @@ def bind_packed(module: Any) -> Packed:
     ]  # fmt: skip
     if list(quantise.arg_names) != wanted:
         raise Unfit(f"quant_per_block_int8_kernel takes {', '.join(quantise.arg_names)}")
-    return Packed(quickened(quantise), quickened(full), quickened(causal), _counts_padding(module))
+    return Packed(quantise, full, causal, _counts_padding(module))
 
 
 def _counts_padding(module: Any) -> bool:

@@ -42,3 +42,37 @@ def test_on_a_gpu(shape, mask, layout):
         torch.testing.assert_close(got, rows.flatten(0, 1).index_select(0, source), rtol=0, atol=0)
         got[int(cu_seqlens[-1]) :] = 0.0  # as gradients are
         torch.testing.assert_close(packing.unpacked(got), rows * keep[:, :, None, None], rtol=0, atol=0)
+
+
+@needs_triton
+def test_the_launcher_compiles_anew_for_what_triton_compiles_in():
+    """Alignment, dtype, 64-bit integers, constants, warps; nothing else."""
+    from compiled_attn.ops import _quick_launch
+
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return self.compile
+
+        def compile(self, *arguments, num_warps, **constants):
+            launched.append("compiled")
+            return {(2, 1, 1): lambda *everything: launched.append("ran")}
+
+    kernel, rows = Kernel(), torch.zeros(64, dtype=torch.float16)
+
+    def launch(*arguments, warps=4, **constants):
+        launched.clear()
+        _quick_launch.launch(kernel, (2, 1, 1), arguments, constants, warps, None)
+        return launched.pop()
+
+    assert launch(rows, 1, 0.5, None, BLOCK=8) == "compiled"
+    for again in ((rows, 16, 0.25, None), (rows[32:], 1, 1.0, None)):
+        assert launch(*again, BLOCK=8) == "ran"
+    assert launch(rows[1:], 1, 0.5, None, BLOCK=8) == "compiled"
+    assert launch(rows.bfloat16(), 1, 0.5, None, BLOCK=8) == "compiled"
+    assert launch(rows, 1 << 31, 0.5, None, BLOCK=8) == "compiled"
+    assert launch(rows, 1, 0.5, rows, BLOCK=8) == "compiled"
+    assert launch(rows, 1, 0.5, None, BLOCK=16) == "compiled"
+    assert launch(rows, 1, 0.5, None, BLOCK=8, warps=8) == "compiled"
+    assert launch(rows, 2, 0.5, None, BLOCK=8) == "ran"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import shutil
 from pathlib import Path
@@ -22,10 +23,10 @@ RESULT = {"device": "cpu", "command": "promises", "versions": {"torch": "0"}}
 
 def test_a_right_backend_works_and_a_wrong_one_fails(monkeypatch):
     monkeypatch.setattr(promises, "CELLS", {"export": CELLS["export"], "reduce-overhead": CELLS["reduce-overhead"]})
-    right = promises.try_all("_native_math", "cpu")
-    assert [cell["result"] for cell in right.values()] == [WORKS, REFUSED]
+    right = dict(collections.ChainMap(*promises.try_all("_native_math", "cpu")))
+    assert {name: cell["result"] for name, cell in right.items()} == {"export": WORKS, "reduce-overhead": REFUSED}
     assert right["reduce-overhead"]["reason"] == "CUDA graphs need a CUDA device"
-    wrong = promises.try_all(PROBES[1], "cpu")  # gives 2 * value
+    wrong = next(promises.try_all(PROBES[1], "cpu"))  # gives 2 * value
     assert wrong["export"]["result"] == FAILED
     assert "from float64, allowed" in wrong["export"]["reason"]
 
@@ -122,6 +123,18 @@ def test_a_worker_that_died_or_would_download(monkeypatch):
     cells = promises._in_a_process("native", argparse.Namespace(**{**vars(given), "backends": None}))
     assert cells["forward"]["result"] == "not run"
     assert cells["forward"]["reason"].startswith("not fetched yet")
+
+
+def test_what_a_worker_did_before_its_time_was_over_is_kept(monkeypatch, tmp_path):
+    worker = tmp_path / "worker"
+    lines = [json.dumps({cell: {"result": WORKS, "reason": ""}}) for cell in ("forward", "training")]
+    worker.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in ("7", *lines, '{"half')) + "sleep 60\n")
+    worker.chmod(0o755)
+    monkeypatch.setattr(promises.sys, "executable", str(worker))
+    cells = promises._in_a_process("native", argparse.Namespace(backends=["native"], device="cpu", timeout=2))
+    assert [cell["result"] for cell in cells.values()] == [WORKS, WORKS, FAILED, *["not run"] * (len(CELLS) - 3)]
+    assert cells["dynamic shapes"]["reason"] == "not done after 2 s"
+    assert cells["switch"]["reason"] == "'dynamic shapes' ended the process"
 
 
 def test_every_kept_result_is_a_row_of_the_readme():
