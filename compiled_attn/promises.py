@@ -335,7 +335,7 @@ def _in_a_process(name: str, arguments: argparse.Namespace) -> dict[str, dict[st
 
 
 def _collected(said: str, reason: str) -> dict[str, dict[str, str]]:
-    """The cells that a worker told of; if not all, for ``reason`` the next one failed, and those behind were not run."""
+    """The cells that a worker told of. If not all: for ``reason`` the next one failed, those behind were not run."""
     found: dict[str, dict[str, str]] = {}
     for line in said.splitlines():
         with contextlib.suppress(ValueError):  # half a line

@@ -174,7 +174,7 @@ def traced(
         block_mask, mask = mask, None
     compiling = torch.compiler.is_compiling()
     if block_mask is not None and q.device.type == "cpu":
-        gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        gradient = needs_gradient(q, k, v)
         if not compiling or gradient or return_lse or q.dtype == torch.float64 or not _CPU_COMPILES:
             # what FlexAttention would do here, done by the operator, which has a backward
             mask = _as_bool_mask(q, k, block_mask)

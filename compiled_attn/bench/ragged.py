@@ -27,7 +27,7 @@ from compiled_attn import reference, registry
 
 from .. import cli_table
 from ..cli_machine import provenance, save
-from .kernels import plain, relative, sampled_error
+from .kernels import allowed_error, relative, sampled_error
 from .timing import ceiling, milliseconds
 
 # name: batch, query length, key length, heads, head_dim (docs/triton.md says whose they are)
@@ -213,7 +213,7 @@ def _dense(work: Work, name: str, sizes: tuple[int, ...], providers: list[str]) 
         elif not compiled_attn.why_not(provider, *inputs):
             calls[provider] = Call(functools.partial(compiled_attn.attention, *inputs, backend=provider), inputs)
     query, key, value = (tensor.detach() for tensor in inputs)
-    allowed = 2 * sampled_error(plain(query, key, value, None), query, key, value, None) + 1e-5
+    allowed = allowed_error(query, key, value, None)
     with torch.no_grad():
         errors = {
             provider: sampled_error(_rows_first(provider, call.run()), query, key, value, None)
@@ -314,7 +314,7 @@ def _masked(work: Work, name: str, sizes: tuple[int, ...]) -> dict[str, Any]:
             "plain": Call(functools.partial(call, *short), short),
         }
         with torch.no_grad():
-            allowed = 2 * sampled_error(calls["plain"].run(), query, key, value, None) + 1e-5
+            allowed = allowed_error(query, key, value, None)
             row["right"] &= sampled_error(calls["masked"].run(), full[0], full[1], full[2], keep) <= allowed
         times = work.times(calls)
         for number, label in enumerate((what, f"{what}, backward")):
