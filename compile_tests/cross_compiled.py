@@ -126,6 +126,17 @@ def beside_the_product(code: str) -> list[tuple[int, int]]:
     return [(one.count("FMNMX"), len(re.findall(r"\b(?:LDL|STL)\b", one))) for one in stretches]
 
 
+def turns(code: str) -> dict[str, int]:
+    """How often each named barrier is waited at and arrived at: 8 to 10 for turns at the tensor cores, lower ones are
+    Triton's own. LLVM does not know that the inline PTX of a turn may neither be doubled nor moved into a branch.
+    """
+    found: dict[str, int] = {}
+    for kind, number in re.findall(r"BAR\.(SYNC|ARV)\S* 0x([0-9a-f]+)", code):
+        name = f"{kind} {int(number, 16)}"
+        found[name] = found.get(name, 0) + 1
+    return found
+
+
 def copies(code: str) -> list[tuple[str, bool]]:
     """Copies of keys and values in ttgir, those in a loop over steps, and whether the row is one of the loop's own.
 
@@ -165,6 +176,7 @@ def nvidia(kernel: Any, target: str) -> dict[str, Any]:
         "warnings": sorted(set(re.findall(r"C75\d\d", said))),
         "descriptors": wrong_descriptors(code),
         "beside": beside_the_product(code),
+        "turns": turns(code),
     }
 
 

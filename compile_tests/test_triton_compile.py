@@ -91,7 +91,18 @@ def test_the_kernel_for_hopper(width, variants):
         assert len(report["copies"]) == (4 if case.endswith("listed") else 2), (case, report)
         assert all(moving for _, moving in report["copies"]), (case, report)
         keys = 64 if width == "256" else 128
-        assert report["beside"], case
+        loops = {"causal": 2, "window": 3}.get(case.split()[-1], 1)
+        consumers = 3 if width == "64" and loops == 1 else 2
+        assert len(report["beside"]) == consumers * loops, (case, report)
+        turns = {name: count for name, count in report["turns"].items() if int(name.split()[-1]) >= 8}
+        if width == "256":
+            assert turns == {}, (case, report)
+        else:  # each loop waits once and passes on once; the last warpgroup lets the first one begin
+            numbers = range(8, 8 + consumers)
+            assert turns == {
+                **{f"SYNC {number}": loops for number in numbers},
+                **{f"ARV {number}": loops + (number == 8) for number in numbers},
+            }, (case, report)
         for maxima, spills in report["beside"]:
             # a thread has half a block's keys of each of two rows
             assert maxima >= keys // 2, (case, report)

@@ -292,7 +292,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Try everything, or print what was tried; exit status 1 if a cell failed."""
     if arguments.worker:
         for found in try_all(arguments.worker, arguments.device):
-            print(json.dumps(found), flush=True)
+            print("\n" + json.dumps(found), flush=True)  # whatever a library printed last without an end of line
         return 0
     if arguments.markdown:
         table = markdown([json.loads(pathlib.Path(name).read_text()) for name in arguments.markdown])
@@ -328,25 +328,31 @@ def _in_a_process(name: str, arguments: argparse.Namespace) -> dict[str, dict[st
     try:
         done = subprocess.run(command, capture_output=True, timeout=arguments.timeout, check=False)
         said = done.stdout
-        reason = f"exit status {done.returncode}: {done.stderr.decode(errors='replace')[-500:]}"
+        reason = (
+            f"exit status {done.returncode}: {done.stderr.decode(errors='replace')[-500:]}" if done.returncode else ""
+        )
     except subprocess.TimeoutExpired as stopped:
         said, reason = stopped.stdout or b"", f"not done after {arguments.timeout} s"
     return _collected(said.decode(errors="replace"), reason)
 
 
 def _collected(said: str, reason: str) -> dict[str, dict[str, str]]:
-    """The cells that a worker told of. If not all: for ``reason`` the next one failed, those behind were not run."""
+    """The cells that a worker told of. ``reason`` is why it ended early, or "": the cell that it was at has failed, the
+    last one if it had told of all, and those behind were not run.
+    """
     found: dict[str, dict[str, str]] = {}
     for line in said.splitlines():
         with contextlib.suppress(ValueError):  # half a line
             told = json.loads(line) if line.startswith("{") else {}
             found.update((cell, told[cell]) for cell in CELLS if cell in told)
-    for cell in CELLS:
-        if cell not in found:
-            found[cell] = {"result": FAILED, "reason": reason}
-            reason = f"'{cell}' ended the process"
-            break
-    return {cell: found.get(cell, {"result": "not run", "reason": reason}) for cell in CELLS}
+    untold = [cell for cell in CELLS if cell not in found]
+    if reason or untold:
+        reason = reason or "its process ended without a word"
+        at = untold[0] if untold else list(CELLS)[-1]
+        found[at] = {"result": FAILED, "reason": reason}
+        behind = {"result": "not run", "reason": f"the process ended before: {reason}"}
+        found.update((cell, behind) for cell in untold[1:])
+    return {cell: found[cell] for cell in CELLS}
 
 
 def try_all(name: str, device: str) -> Iterator[dict[str, dict[str, str]]]:

@@ -1,4 +1,4 @@
-"""The forward kernel for sm_90 (H100, H200), in Gluon: a warpgroup that loads by TMA, two or three that compute.
+"""The forward kernel for sm_90 (H100, H200), in Gluon: a warp that loads by TMA, two or three warpgroups that compute.
 
 A computing warpgroup owns 64 rows of the tile: its scores, weights and accumulator stay in its registers, and so do its
 rows of Q where there is room. The product of the next scores and the one with the last values are asked for together,
@@ -89,11 +89,11 @@ def soften(scores, lifted, total, fade, scale):
 
 @gluon.jit
 def walk(
-    acc, weights, top, total, q_tile, slots, barriers, step_from, step_to, done, blocks, begin, end, rows, left, right,
+    acc, weights, top, total, query, slots, barriers, step_from, step_to, done, blocks, begin, end, rows, left, right,
     scale, never,
     part: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, CHECK: gl.constexpr, CONSUMERS: gl.constexpr,
-    BLOCK_K: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, TURNS: gl.constexpr, s_layout: gl.constexpr,
-    o_layout: gl.constexpr,
+    BLOCK_K: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, ALTERNATE: gl.constexpr,
+    s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Blocks ``step_from`` to ``step_to``, counted from the last: scores of each, and the product of the one before."""
     _, k_slots, v_slots = slots
@@ -105,12 +105,12 @@ def walk(
         k_slot = number % K_SLOTS
         v_slot = (number - 1) % V_SLOTS
         mbarrier.wait(k_full.index(k_slot), (number // K_SLOTS) & 1)
-        if TURNS:
+        if ALTERNATE:
             await_turn(part)
-        scores = warpgroup_mma(q_tile, k_slots.index(k_slot).permute((1, 0)), start, use_acc=False, is_async=True)
+        scores = warpgroup_mma(query, k_slots.index(k_slot).permute((1, 0)), start, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(v_slot), ((number - 1) // V_SLOTS) & 1)
         product = warpgroup_mma(weights, v_slots.index(v_slot), acc, is_async=True)
-        if TURNS:
+        if ALTERNATE:
             pass_turn((part + 1) % CONSUMERS)
         scores = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(k_empty.index(k_slot), count=1)
@@ -119,8 +119,8 @@ def walk(
                 scores, rows, begin + (blocks - 1 - step) * BLOCK_K, end, left, right, LEFT, RIGHT, BLOCK_K, s_layout
             )
         top, lifted, fade = lift(scores, top, scale, CHECK)
-        # Never so. Without a branch ptxas 12.8 moves the wait up, in front of the maxima in some variants, and the
-        # shrinking down, behind the exponentials. Like this the two are mixed, and run beside another's products.
+        # Never so. Without a branch ptxas 12.8 moves the wait in front of the maxima (in some variants) and the
+        # shrinking behind the exponentials. With it the two are mixed, and run beside another's products.
         if never > 0:
             mbarrier.wait(k_full.index(k_slot), never)
         acc = warpgroup_mma_wait(0, deps=(product,))
@@ -136,7 +136,7 @@ def consume(
     part: gl.constexpr, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, VARLEN: gl.constexpr, LISTED: gl.constexpr,
     LSE: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, Q_SLOTS: gl.constexpr, K_SLOTS: gl.constexpr,
-    V_SLOTS: gl.constexpr, WIDTH: gl.constexpr, TURNS: gl.constexpr, HELD: gl.constexpr,
+    V_SLOTS: gl.constexpr, WIDTH: gl.constexpr, ALTERNATE: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``part`` of the computing ones: rows part * 64 to part * 64 + 63 of each tile."""
     BLOCK_Q: gl.constexpr = CONSUMERS * ROWS
@@ -157,7 +157,7 @@ def consume(
     _, heads, _, q_length, _, _ = sizes
     done = 0
     taken = 0
-    if TURNS and part == CONSUMERS - 1:
+    if ALTERNATE and part == CONSUMERS - 1:
         pass_turn(0)
     for round in range((turns + gl.num_programs(0) - 1) // gl.num_programs(0)):
         program = turn_of(round)
@@ -187,11 +187,11 @@ def consume(
             slot = done % K_SLOTS
             mbarrier.wait(q_full.index(mine), (taken // Q_SLOTS) & 1)
             if HELD:
-                q_rows = q_slot.load(gl.DotOperandLayout(0, s_layout, 2))
+                query = q_slot.load(gl.DotOperandLayout(0, s_layout, 2))
             else:
-                q_rows = q_slot
+                query = q_slot
             mbarrier.wait(k_full.index(slot), (done // K_SLOTS) & 1)
-            scores = warpgroup_mma(q_rows, k_slots.index(slot).permute((1, 0)), start, use_acc=False, is_async=True)
+            scores = warpgroup_mma(query, k_slots.index(slot).permute((1, 0)), start, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=(scores,))
             mbarrier.arrive(k_empty.index(slot), count=1)
             if cut:
@@ -208,21 +208,21 @@ def consume(
             if RIGHT or LEFT:
                 tested = gl.maximum(plain_begin, 1)
                 acc, weights, top, total = walk(
-                    acc, weights, top, total, q_rows, slots, barriers, 1, tested, done, blocks, begin, end,
+                    acc, weights, top, total, query, slots, barriers, 1, tested, done, blocks, begin, end,
                     rows, left, right, scale, never,
-                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, TURNS, s_layout, o_layout,
+                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, s_layout, o_layout,
                 )  # fmt: skip
             acc, weights, top, total = walk(
-                acc, weights, top, total, q_rows, slots, barriers, tested, plain_end, done, blocks, begin, end,
+                acc, weights, top, total, query, slots, barriers, tested, plain_end, done, blocks, begin, end,
                 rows, left, right, scale, never,
-                part, LEFT, RIGHT, False, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, TURNS, s_layout, o_layout,
+                part, LEFT, RIGHT, False, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, s_layout, o_layout,
             )  # fmt: skip
             if LEFT:
                 plain_end = gl.maximum(plain_end, tested)
                 acc, weights, top, total = walk(
-                    acc, weights, top, total, q_rows, slots, barriers, plain_end, blocks, done, blocks, begin, end,
+                    acc, weights, top, total, query, slots, barriers, plain_end, blocks, done, blocks, begin, end,
                     rows, left, right, scale, never,
-                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, TURNS, s_layout, o_layout,
+                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, s_layout, o_layout,
                 )  # fmt: skip
             done += blocks
             slot = (done - 1) % V_SLOTS
@@ -267,16 +267,16 @@ def hopper_forward(
     room, turns, tiles, heads, batch, q_length, k_length, together, left, right, scale, never,
     GROUP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, VARLEN: gl.constexpr,
     LISTED: gl.constexpr, LSE: gl.constexpr, WIDTH: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr,
-    Q_SLOTS: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, REGISTERS: gl.constexpr, TURNS: gl.constexpr,
-    HELD: gl.constexpr,
+    Q_SLOTS: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
+    ALTERNATE: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
     """Out and Lse of dense (B, S, H, D) or packed (T, H, D) tensors, the first six as TMA descriptors of rank 5.
 
     Dimensions of a descriptor: 1, batch, head, row, column; packed: the two of :data:`FAR`, head, row, column. Columns
     from head_dim to WIDTH read as zeros. ``turns`` tiles are shared out among the programs of the grid. Plan is
     tile_plan's, Count, Whole and the copies are key_blocks' and gather_keys' (packed over the batch), where VARLEN and
-    LISTED ask for them. ``scale`` is positive and for base 2. ``never`` is 0. TURNS: the warpgroups take turns at the
-    tensor cores. HELD: rows of Q stay in registers, so that a step reads a fifth less of shared memory.
+    LISTED ask for them. ``scale`` is positive and for base 2. ``never`` is 0. ALTERNATE: the warpgroups take turns
+    at the tensor cores. HELD: rows of Q stay in registers, so that a step reads a fifth less of shared memory.
     """
     dtype: gl.constexpr = q_rows.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], dtype)
@@ -305,19 +305,19 @@ def hopper_forward(
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     tables = (Plan, Count, Whole)
     sizes = (tiles, heads, batch, q_length, k_length, together)
-    # the loading one is a single warp: four of them are 6 % of all instructions, and 4 % of the time of cross attention
+    # the loading one is a single warp: four would be 6 % of all instructions, and 4 % of the time of cross attention
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (consume, (
                     0, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, TURNS, HELD,
+                    WIDTH, ALTERNATE, HELD,
                 )),
                 (consume, (
                     1, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, TURNS, HELD,
+                    WIDTH, ALTERNATE, HELD,
                 )),
                 (produce, (
                     q_rows, k_rows, v_rows, k_copies, v_copies, slots, barriers, tables, room, turns, sizes, left,
@@ -334,17 +334,17 @@ def hopper_forward(
                 (consume, (
                     0, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, TURNS, HELD,
+                    WIDTH, ALTERNATE, HELD,
                 )),
                 (consume, (
                     1, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, TURNS, HELD,
+                    WIDTH, ALTERNATE, HELD,
                 )),
                 (consume, (
                     2, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, TURNS, HELD,
+                    WIDTH, ALTERNATE, HELD,
                 )),
                 (produce, (
                     q_rows, k_rows, v_rows, k_copies, v_copies, slots, barriers, tables, room, turns, sizes, left,

@@ -40,10 +40,9 @@ _COPY_ROWS, _COPY_COLUMNS = 16, 512
 @dataclass(frozen=True)
 class Config:
     """Computing warpgroups (64 rows each), keys of a block, tiles of Q, blocks of K and of V in memory, registers
-    of a computing thread.
+    of a computing thread (of the first warpgroup: at least; it gets what is left).
 
-    ``turns``: the warpgroups take turns at the tensor cores. ``held``: rows of Q stay in registers. ``persistent``: a
-    grid of one program a multiprocessor.
+    ``alternate``: the warpgroups take turns at the tensor cores. ``held``: rows of Q stay in registers.
     """
 
     consumers: int
@@ -52,15 +51,14 @@ class Config:
     k_slots: int
     v_slots: int
     registers: int
-    turns: bool = True
+    alternate: bool = True
     held: bool = False
-    persistent: bool = True
 
     def constants(self) -> dict[str, Any]:
         """What the kernel is compiled for, in the order of its parameters."""
         return {
             "CONSUMERS": self.consumers, "BLOCK_K": self.block_k, "Q_SLOTS": self.q_slots, "K_SLOTS": self.k_slots,
-            "V_SLOTS": self.v_slots, "REGISTERS": self.registers, "TURNS": self.turns, "HELD": self.held,
+            "V_SLOTS": self.v_slots, "REGISTERS": self.registers, "ALTERNATE": self.alternate, "HELD": self.held,
         }  # fmt: skip
 
 
@@ -69,8 +67,8 @@ TABLE: dict[int, tuple[Config, Config]] = {
     64: (Config(3, 128, 2, 3, 4, 160), Config(2, 128, 2, 3, 4, 240)),
     # Q in registers: 1.01 flux and wan480; 0.96 of the speed where a loop with tests needs the registers
     128: (Config(2, 128, 2, 2, 3, 240, held=True), Config(2, 128, 2, 2, 3, 240)),
-    # turns: level, with what they cost
-    256: (Config(2, 64, 1, 2, 3, 240, turns=False), Config(2, 64, 1, 2, 3, 240, turns=False)),
+    # without turns: as fast, and less to wait for
+    256: (Config(2, 64, 1, 2, 3, 240, alternate=False), Config(2, 64, 1, 2, 3, 240, alternate=False)),
 }
 
 
@@ -211,7 +209,7 @@ def forward(
             turns = tiles * heads * batch
             plan = out
             together = min(together, heads * batch)
-        programs = min(turns, _processors(q.device.index)) if config.persistent else turns
+        programs = min(turns, _processors(q.device.index))
         rows = [_descriptor(tensor, config.block_k, width) for tensor in (k, v)]
         if listed is not None:
             copies = [_descriptor(tensor, config.block_k, width) for tensor in listed.copies]

@@ -107,7 +107,7 @@ def fastest(call: Call) -> bool:
     """
     return (
         call.capability == CAPABILITY
-        and call.query[-1] in (64, 128, 256)
+        and (64 <= call.query[-1] <= 128 or call.query[-1] == 256)
         and not call.causal
         and call.window is None
         and not call.gradient

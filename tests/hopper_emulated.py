@@ -2,9 +2,10 @@
 
 A program of its own, started with TRITON_INTERPRET=1 by ``test_triton_hopper.py``. Triton's interpreter runs the
 kernels that plan; the Gluon kernel, for which there is none, runs as Python with what it needs of Gluon done here: a
-warpgroup is a thread, a TMA copy happens some time after it was asked for, mbarriers count. A product takes what its
-operands hold when it is issued and fails if they hold something else when it is waited for. So this finds wrong places,
-phases and orders, and deadlocks; not what the compiler makes of the source.
+warpgroup is a thread, a TMA load happens some time after it was asked for and a store when it is waited for, mbarriers
+count. A product takes what its operands hold when it is issued and fails if they hold something else when it is waited
+for. So this finds wrong places, phases and orders, waits and fences that are missing, and deadlocks; not what the
+compiler makes of the source.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class Slot:
 
     def __init__(self, shape: list[int], dtype: torch.dtype) -> None:
         self.data = torch.full(shape, math.nan, dtype=dtype)
+        self.unfenced: set[int] = set()  # threads that read or wrote it, and that TMA may not have seen do so
 
     def permute(self, order: Any) -> Turned:
         return Turned(self)
@@ -86,10 +88,16 @@ class Slot:
         return self
 
     def store(self, value: Tensor) -> None:
+        self._touch()
         self.data.copy_(value)
 
     def load(self, layout: Any) -> Tile:
+        self._touch()
         return tile(self.data.clone())
+
+    def _touch(self) -> None:
+        self.unfenced.add(threading.get_ident())
+        of_thread("touched").append(self)
 
     def read(self) -> Tensor:
         return self.data
@@ -158,13 +166,27 @@ class Engine(threading.Thread):
                 self.errors.append(error)
 
 
-loads, stores = Engine(), Engine()
+loads = Engine()
 mine = threading.local()
+
+
+def of_thread(name: str) -> list[Any]:
+    """A list of the warpgroup that asks."""
+    if not hasattr(mine, name):
+        setattr(mine, name, [])
+    return getattr(mine, name)  # type: ignore[no-any-return]
+
+
+def fence() -> None:
+    for slot in of_thread("touched"):
+        slot.unfenced.discard(threading.get_ident())
+    of_thread("touched").clear()
 
 
 def copy_in(rows: Descriptor, at: Any, full: Barrier, slot: Slot, pred: Any = True) -> None:
     if not pred:
         return
+    assert not slot.unfenced, "a load by TMA into a tile without a fence behind who read it"
     at = list(at)
     slot.data.fill_(math.nan)
 
@@ -179,22 +201,21 @@ def copy_in(rows: Descriptor, at: Any, full: Barrier, slot: Slot, pred: Any = Tr
 
 
 def copy_out(rows: Descriptor, at: Any, slot: Slot) -> None:
-    at, done = list(at), threading.Event()
-    mine.pending = [*getattr(mine, "pending", []), done]
+    assert not slot.unfenced, "a store by TMA of a tile without a fence behind who wrote it"
+    at = list(at)
 
     def job() -> None:
         target = rows.view(at)
         if target is not None:
             target.copy_(slot.data[: target.shape[0], : target.shape[1]])
-        done.set()
 
-    stores.jobs.put(job)
+    of_thread("pending").append(job)  # as late as may be: until somebody waits
 
 
 def store_wait(pendings: int) -> None:
-    for done in getattr(mine, "pending", []):
-        assert done.wait(PATIENCE), "a store never ended"
-    mine.pending = []
+    pending = of_thread("pending")
+    while len(pending) > pendings:
+        pending.pop(0)()
 
 
 class Turns:
@@ -225,12 +246,22 @@ class Product:
         self.held = [one.read().clone() if hasattr(one, "read") else one for one in operands]
         left, right = (one.float() for one in self.held)
         self.result = tile(left @ right if acc is None else acc + left @ right)
+        self.running = True
+        of_thread("products").append(self)
 
-    def finish(self) -> Tile:
+    def finish(self) -> None:
         for one, held in zip(self.operands, self.held, strict=True):
             if hasattr(one, "read"):
                 assert torch.equal(one.read(), held), "an operand was overwritten while the product ran"
-        return self.result
+        self.running = False
+
+
+def product_wait(outstanding: int, deps: tuple[Product]) -> Tile:
+    products = of_thread("products")
+    while len(products) > outstanding:
+        products.pop(0).finish()
+    assert not deps[0].running, "a result was taken while the product ran"
+    return deps[0].result
 
 
 def warp_specialize(functions: list[Any], warps: list[int], registers: list[int]) -> None:
@@ -240,6 +271,7 @@ def warp_specialize(functions: list[Any], warps: list[int], registers: list[int]
     def run(function: Any, arguments: Any) -> None:
         try:
             function(*arguments)
+            assert not of_thread("pending") and not of_thread("products"), "a warpgroup ended before its work did"
         except BaseException as error:
             errors.append(error)
 
@@ -248,7 +280,7 @@ def warp_specialize(functions: list[Any], warps: list[int], registers: list[int]
         thread.start()
     for thread in threads:
         thread.join(2 * PATIENCE)
-    errors += loads.errors + stores.errors
+    errors += loads.errors
     if errors:
         raise errors[0]
 
@@ -292,9 +324,9 @@ def gluon() -> tuple[types.SimpleNamespace, dict[str, Any]]:
         "tma": types.SimpleNamespace(
             async_copy_global_to_shared=copy_in, async_copy_shared_to_global=copy_out, store_wait=store_wait
         ),
-        "fence_async_shared": lambda: None,
+        "fence_async_shared": fence,
         "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=True: Product([a, b], acc if use_acc else None),
-        "warpgroup_mma_wait": lambda outstanding, deps: deps[0].finish(),
+        "warpgroup_mma_wait": product_wait,
         "await_turn": turns.wait,
         "pass_turn": turns.hand,
         "ROWS": 64,
@@ -343,7 +375,8 @@ DENSE = {  # batch, queries, keys, heads, key heads, head_dim, causal, window
     "short": (2, 33, 17, 2, 1, 64, 0, None),
     "blocks": (1, 200, 700, 2, 2, 64, 0, None),
     "turns": (2, 300, 260, 4, 2, 128, 0, None),
-    "wide": (1, 140, 200, 1, 1, 256, 0, None),
+    "wide": (2, 300, 200, 2, 1, 256, 0, None),
+    "wide_causal": (1, 400, 300, 2, 2, 256, 3, None),
     "padded": (1, 65, 129, 2, 2, 40, 0, None),
     "causal": (1, 400, 400, 2, 2, 128, 1, None),
     "causal_lower": (1, 150, 500, 2, 2, 64, 3, None),

@@ -134,7 +134,8 @@ def test_importing_the_package_imports_no_triton():
         (["--query", "9000,24,128"], "triton_hopper_varlen"),
         (["--query", "1,4608,24,128", "--gradient"], None),
         (["--query", "1,4608,24,128", "--causal"], None),
-        (["--query", "1,4608,24,96"], None),
+        (["--query", "1,4608,24,96"], "triton_hopper"),
+        (["--query", "1,4608,24,160"], None),  # computed as 256 columns
         (["--query", "1,4608,24,128", "--mask", "bool"], None),
         (["--query", "1,4608,24,128", "--dtype", "float32"], None),
     ],
