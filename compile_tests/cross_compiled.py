@@ -7,6 +7,7 @@ cuobjdump, and LLVM for AMD.
 
 from __future__ import annotations
 
+import collections
 import inspect
 import json
 import pathlib
@@ -130,11 +131,8 @@ def turns(code: str) -> dict[str, int]:
     """How often each named barrier is waited at and arrived at: 8 to 10 for turns at the tensor cores, lower ones are
     Triton's own. LLVM does not know that the inline PTX of a turn may neither be doubled nor moved into a branch.
     """
-    found: dict[str, int] = {}
-    for kind, number in re.findall(r"BAR\.(SYNC|ARV)\S* 0x([0-9a-f]+)", code):
-        name = f"{kind} {int(number, 16)}"
-        found[name] = found.get(name, 0) + 1
-    return found
+    barriers = re.findall(r"BAR\.(SYNC|ARV)\S* 0x([0-9a-f]+)", code)
+    return collections.Counter(f"{kind} {int(number, 16)}" for kind, number in barriers)
 
 
 def copies(code: str) -> list[tuple[str, bool]]:
