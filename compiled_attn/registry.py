@@ -81,10 +81,6 @@ class Entry:
     number: int
     op: torch._ops.OpOverload | None = None
     varlen_op: torch._ops.OpOverload | None = None
-    # What eager calls of a composite backend run. Its operator would dissolve into the same aten calls, after
-    # 4 us of boxing and three outputs where one is wanted (15.7 against 9.8 us for SDPA with transposes).
-    eager: Callable[..., Any] | None = None
-    eager_varlen: Callable[..., Any] | None = None
 
 
 BACKENDS: dict[str, Entry] = {}
@@ -163,8 +159,6 @@ def register_backend(backend: Backend) -> None:
         number=len(BACKENDS),
         op=operators.define(bases[0], dense) if dense else None,
         varlen_op=packed_op,
-        eager=dense.forward if dense and dense.composite else None,
-        eager_varlen=varlen.forward if varlen and varlen.composite else None,
     )
 
 

@@ -169,7 +169,11 @@ def aligned(tensor: Tensor) -> Tensor:
     rows at multiples of 16 bytes. cuDNN 9.19 computes garbage from misaligned rows without a word, flash and efficient
     end the CUDA context; a strided last dimension makes cuDNN's second call crash.
     """
-    padding = -tensor.shape[-1] % 8
+    width = tensor.shape[-1]
+    # half the time of what follows, three times a call; of a traced length it would make a condition
+    if type(tensor) is Tensor and tensor.is_contiguous() and width % 8 == 0 and tensor.storage_offset() % 8 == 0:
+        return tensor
+    padding = -width % 8
     if padding:
         return F.pad(tensor, (0, padding))
     unit = 16 // tensor.element_size()

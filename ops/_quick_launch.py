@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make ``device`` current, and the one of before again afterwards; nothing to do, in a tenth of the time, if it is.
 
@@ -21,8 +24,8 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     1.0.6 launches there whatever q's device is, 2.x calls torch.cuda.set_device with q's and leaves it so,
     FlashAttention-4 asks the current one what it is.
     """
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch._C._cuda_getDevice():  # there is a tensor: CUDA is initialised
+        return _NOTHING
     return torch.cuda.device(device)
 
 

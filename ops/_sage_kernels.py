@@ -18,7 +18,7 @@ from compiled_attn import masks
 from compiled_attn.operators import Kernels
 from compiled_attn.spec import CAUSAL, report
 
-from ._native_dense import aligned
+from ._native_dense import aligned, fit
 from ._packing import PackedBatch
 from ._quick_launch import on
 from ._sage_library import BLOCK_K, BLOCK_Q, PACKED_WIDTHS, Dense, Packed
@@ -95,6 +95,8 @@ def varlen_as_dense(package: Any) -> Kernels:
 
 def too_large(query: Sequence[int], key: Sequence[int], masked: bool) -> list[str]:
     """Why shapes are too large for the kernels, which count elements in 32 bits."""
+    if max(math.prod(query), math.prod(key)) < 2**24 and not masked:
+        return []  # whatever head_dim is: each call asks
     found = []
     for name, shape in (("query", query), ("key", key)):
         count = math.prod(shape[:-1]) * (64 if shape[-1] <= 64 else 128)
@@ -157,10 +159,10 @@ def _dense(
         out = run(v_)
         if library.counts_padding and not is_causal and k.shape[1] % BLOCK_K:
             out = _without_padding(out, run(torch.ones_like(v_)))
-        return out[..., :width], None, None
+        return fit(out, width), None, None
     out, lse = run(v_)
     assert mean is not None
-    return out[..., :width], lse + shift(q, mean, scale), None
+    return fit(out, width), lse + shift(q, mean, scale), None
 
 
 def _without_padding(out: Tensor, share: Tensor) -> Tensor:
@@ -228,7 +230,7 @@ def _packed(
     if library.counts_padding and not is_causal:
         # Whether a sequence fills its last block is known on the device alone.
         out = _without_padding(out, run(torch.ones_like(v, dtype=torch.float16), torch.float32))
-    return out[..., :width]
+    return fit(out, width)
 
 
 def _quantised(
