@@ -127,12 +127,13 @@ def beside_the_product(code: str) -> list[tuple[int, int]]:
     return [(one.count("FMNMX"), len(re.findall(r"\b(?:LDL|STL)\b", one))) for one in stretches]
 
 
-def turns(code: str) -> dict[str, int]:
-    """How often each named barrier is waited at and arrived at: 8 to 10 for turns at the tensor cores, lower ones are
-    Triton's own. LLVM does not know that the inline PTX of a turn may neither be doubled nor moved into a branch.
+def barriers(code: str) -> dict[str, int]:
+    """How often each named barrier is waited at and arrived at: 8 to 10 for turns at the tensor cores, "slot" those
+    whose number is computed, lower ones are Triton's own. LLVM does not know that the inline PTX of a barrier may
+    neither be doubled nor moved into a branch.
     """
-    barriers = re.findall(r"BAR\.(SYNC|ARV)\S* 0x([0-9a-f]+)", code)
-    return collections.Counter(f"{kind} {int(number, 16)}" for kind, number in barriers)
+    found = re.findall(r"BAR\.(SYNC|ARV)\S* (?:0x([0-9a-f]+)|R\d+)", code)
+    return collections.Counter(f"{kind} {int(number, 16) if number else 'slot'}" for kind, number in found)
 
 
 def copies(code: str) -> list[tuple[str, bool]]:
@@ -174,7 +175,7 @@ def nvidia(kernel: Any, target: str) -> dict[str, Any]:
         "warnings": sorted(set(re.findall(r"C75\d\d", said))),
         "descriptors": wrong_descriptors(code),
         "beside": beside_the_product(code),
-        "turns": turns(code),
+        "barriers": barriers(code),
     }
 
 

@@ -1,5 +1,5 @@
-"""The attention calls. One way: arguments -> Call -> Entry -> operator -> kernel; an eager call without gradients, which
-nothing watches, leaves out the operator.
+"""The attention calls. One way: arguments -> Call -> Entry -> operator -> kernel. An eager call without gradients that
+nothing watches leaves out the operator.
 
 All of it is traced by Dynamo, so nothing here logs, warns, imports or caches behind the tracer's back; checked calls
 are remembered in eager mode only.

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._hopper_tiles import FAR, ROWS, await_turn, keys_of, pass_turn, place_of, produce, turn_of
+from ._hopper_tiles import FAR, ROWS, await_turn, give_back, keys_of, pass_turn, place_of, produce, turn_of
 
 
 @gluon.jit
@@ -92,7 +92,7 @@ def walk(
     acc, weights, top, total, query, slots, barriers, step_from, step_to, done, blocks, begin, end, rows, left, right,
     scale, never,
     part: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, CHECK: gl.constexpr, CONSUMERS: gl.constexpr,
-    BLOCK_K: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, ALTERNATE: gl.constexpr,
+    BLOCK_K: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, ALTERNATE: gl.constexpr, NAMED: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Blocks ``step_from`` to ``step_to``, counted from the last: scores of each, and the product of the one before."""
@@ -113,7 +113,7 @@ def walk(
         if ALTERNATE:
             pass_turn((part + 1) % CONSUMERS)
         scores = warpgroup_mma_wait(1, deps=(scores,))
-        mbarrier.arrive(k_empty.index(k_slot), count=1)
+        give_back(k_empty, k_slot, 0, CONSUMERS, NAMED)
         if CHECK:
             scores = hide(
                 scores, rows, begin + (blocks - 1 - step) * BLOCK_K, end, left, right, LEFT, RIGHT, BLOCK_K, s_layout
@@ -124,7 +124,7 @@ def walk(
         if never > 0:
             mbarrier.wait(k_full.index(k_slot), never)
         acc = warpgroup_mma_wait(0, deps=(product,))
-        mbarrier.arrive(v_empty.index(v_slot), count=1)
+        give_back(v_empty, v_slot, K_SLOTS, CONSUMERS, NAMED)
         acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, o_layout))[:, None]
         fresh, total = soften(scores, lifted, total, fade, scale)
         weights = gl.convert_layout(fresh.to(weights.dtype), p_layout)
@@ -136,7 +136,7 @@ def consume(
     part: gl.constexpr, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, VARLEN: gl.constexpr, LISTED: gl.constexpr,
     LSE: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, Q_SLOTS: gl.constexpr, K_SLOTS: gl.constexpr,
-    V_SLOTS: gl.constexpr, WIDTH: gl.constexpr, ALTERNATE: gl.constexpr, HELD: gl.constexpr,
+    V_SLOTS: gl.constexpr, WIDTH: gl.constexpr, ALTERNATE: gl.constexpr, HELD: gl.constexpr, NAMED: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``part`` of the computing ones: rows part * 64 to part * 64 + 63 of each tile."""
     BLOCK_Q: gl.constexpr = CONSUMERS * ROWS
@@ -193,7 +193,7 @@ def consume(
             mbarrier.wait(k_full.index(slot), (done // K_SLOTS) & 1)
             scores = warpgroup_mma(query, k_slots.index(slot).permute((1, 0)), start, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=(scores,))
-            mbarrier.arrive(k_empty.index(slot), count=1)
+            give_back(k_empty, slot, 0, CONSUMERS, NAMED)
             if cut:
                 scores = hide(scores, rows, place, end, left, right, LEFT, RIGHT, BLOCK_K, s_layout)
             top, lifted, fade = lift(scores, top, scale, True)
@@ -210,19 +210,19 @@ def consume(
                 acc, weights, top, total = walk(
                     acc, weights, top, total, query, slots, barriers, 1, tested, done, blocks, begin, end,
                     rows, left, right, scale, never,
-                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, s_layout, o_layout,
+                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, NAMED, s_layout, o_layout,
                 )  # fmt: skip
             acc, weights, top, total = walk(
                 acc, weights, top, total, query, slots, barriers, tested, plain_end, done, blocks, begin, end,
                 rows, left, right, scale, never,
-                part, LEFT, RIGHT, False, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, s_layout, o_layout,
+                part, LEFT, RIGHT, False, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, NAMED, s_layout, o_layout,
             )  # fmt: skip
             if LEFT:
                 plain_end = gl.maximum(plain_end, tested)
                 acc, weights, top, total = walk(
                     acc, weights, top, total, query, slots, barriers, plain_end, blocks, done, blocks, begin, end,
                     rows, left, right, scale, never,
-                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, s_layout, o_layout,
+                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, NAMED, s_layout, o_layout,
                 )  # fmt: skip
             done += blocks
             slot = (done - 1) % V_SLOTS
@@ -238,7 +238,7 @@ def consume(
                     lse_from = (number.to(gl.int64) * heads + head) * q_length
                 gl.store(Lse + lse_from + within, lse, mask=within < q_rest)
             acc = warpgroup_mma_wait(0, deps=(product,))
-            mbarrier.arrive(v_empty.index(slot), count=1)
+            give_back(v_empty, slot, K_SLOTS, CONSUMERS, NAMED)
             acc = acc * gl.convert_layout(share, o_row)[:, None]
             # nobody reads these rows of Q again: their slot takes those of the result
             q_slot.store(acc.to(dtype))
@@ -268,7 +268,7 @@ def hopper_forward(
     GROUP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, VARLEN: gl.constexpr,
     LISTED: gl.constexpr, LSE: gl.constexpr, WIDTH: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr,
     Q_SLOTS: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
-    ALTERNATE: gl.constexpr, HELD: gl.constexpr,
+    ALTERNATE: gl.constexpr, HELD: gl.constexpr, NAMED: gl.constexpr,
 ):  # fmt: skip
     """Out and Lse of dense (B, S, H, D) or packed (T, H, D) tensors, the first six as TMA descriptors of rank 5.
 
@@ -277,6 +277,7 @@ def hopper_forward(
     tile_plan's, Count, Whole and the copies are key_blocks' and gather_keys' (packed over the batch), where VARLEN and
     LISTED ask for them. ``scale`` is positive and for base 2. ``never`` is 0. ALTERNATE: the warpgroups take turns
     at the tensor cores. HELD: rows of Q stay in registers, so that a step reads a fifth less of shared memory.
+    NAMED: slots of K and V, 5 in all, are given back through named barriers.
     """
     dtype: gl.constexpr = q_rows.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], dtype)
@@ -312,17 +313,17 @@ def hopper_forward(
                 (consume, (
                     0, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, ALTERNATE, HELD,
+                    WIDTH, ALTERNATE, HELD, NAMED,
                 )),
                 (consume, (
                     1, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, ALTERNATE, HELD,
+                    WIDTH, ALTERNATE, HELD, NAMED,
                 )),
                 (produce, (
                     q_rows, k_rows, v_rows, k_copies, v_copies, slots, barriers, tables, room, turns, sizes, left,
                     right, GROUP, LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS,
-                    V_SLOTS, WIDTH,
+                    V_SLOTS, WIDTH, NAMED,
                 )),
             ],
             [4, 1],
@@ -334,22 +335,22 @@ def hopper_forward(
                 (consume, (
                     0, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, ALTERNATE, HELD,
+                    WIDTH, ALTERNATE, HELD, NAMED,
                 )),
                 (consume, (
                     1, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, ALTERNATE, HELD,
+                    WIDTH, ALTERNATE, HELD, NAMED,
                 )),
                 (consume, (
                     2, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, ALTERNATE, HELD,
+                    WIDTH, ALTERNATE, HELD, NAMED,
                 )),
                 (produce, (
                     q_rows, k_rows, v_rows, k_copies, v_copies, slots, barriers, tables, room, turns, sizes, left,
                     right, GROUP, LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS,
-                    V_SLOTS, WIDTH,
+                    V_SLOTS, WIDTH, NAMED,
                 )),
             ],
             [4, 4, 1],

@@ -42,7 +42,8 @@ class Config:
     """Computing warpgroups (64 rows each), keys of a block, tiles of Q, blocks of K and of V in memory, registers
     of a computing thread (of the first warpgroup: at least; it gets what is left).
 
-    ``alternate``: the warpgroups take turns at the tensor cores. ``held``: rows of Q stay in registers.
+    ``alternate``: the warpgroups take turns at the tensor cores. ``held``: rows of Q stay in registers. ``named``: the
+    slots of K and V, 5 in all, are given back through named barriers.
     """
 
     consumers: int
@@ -53,20 +54,23 @@ class Config:
     registers: int
     alternate: bool = True
     held: bool = False
+    named: bool = False
 
     def constants(self) -> dict[str, Any]:
         """What the kernel is compiled for, in the order of its parameters."""
         return {
             "CONSUMERS": self.consumers, "BLOCK_K": self.block_k, "Q_SLOTS": self.q_slots, "K_SLOTS": self.k_slots,
             "V_SLOTS": self.v_slots, "REGISTERS": self.registers, "ALTERNATE": self.alternate, "HELD": self.held,
+            "NAMED": self.named,
         }  # fmt: skip
 
 
 # head columns in shared memory -> configuration, and the one for causal masks and windows
 TABLE: dict[int, tuple[Config, Config]] = {
     64: (Config(3, 128, 2, 3, 4, 160), Config(2, 128, 2, 3, 4, 240)),
-    # Q in registers: 1.01 flux and wan480; 0.96 of the speed where a loop with tests needs the registers
-    128: (Config(2, 128, 2, 2, 3, 240, held=True), Config(2, 128, 2, 2, 3, 240)),
+    # Q in registers: 1.01 flux and wan480; 0.96 of the speed where a loop with tests needs the registers. Named
+    # barriers: 1.01 flux, 1.02 wan480 and cross, level causal; 0.985 at 64 columns
+    128: (Config(2, 128, 2, 2, 3, 240, held=True, named=True), Config(2, 128, 2, 2, 3, 240, named=True)),
     # without turns: as fast, and less to wait for
     256: (Config(2, 64, 1, 2, 3, 240, alternate=False), Config(2, 64, 1, 2, 3, 240, alternate=False)),
 }

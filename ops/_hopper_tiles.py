@@ -18,30 +18,64 @@ ROWS = gl.constexpr(64)
 FAR = gl.constexpr(1 << 30)
 
 
-# The turn of warpgroup n at the tensor cores is a named barrier, with 128 threads that wait and 128 that arrive. Who
-# waits there wakes faster than at an mbarrier (1 % of the kernel's time). Triton itself takes the first few of 16.
-TURN = gl.constexpr(8)
+# Numbers of named barriers, 16 in all, of which Triton takes the first few. Who waits there wakes faster than at an
+# mbarrier (1 % of the kernel's time), and arriving makes nobody wait: at an mbarrier Gluon lets one thread arrive, for
+# which the warpgroup waits for itself.
+TURN = gl.constexpr(8)  # and as many as there are computing warpgroups: each waits at its own for its turn
+FREE = gl.constexpr(11)  # NAMED: one for each slot of K, then of V; all who compute arrive, the loading warp waits
 
 
 @gluon.jit
-def _turn(part: gl.constexpr):
-    return gl.full([128], TURN + part, gl.int32, layout=gl.BlockedLayout([1], [32], [4], [0]))
+def arrive_at(number, THREADS: gl.constexpr, WARPS: gl.constexpr):
+    """All threads of this partition, of WARPS warps, arrive at a named barrier that opens when THREADS did."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    place = gl.zeros([32 * WARPS], gl.int32, layout=layout) + number
+    threads = gl.full([32 * WARPS], THREADS, gl.int32, layout=layout)
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, $2; mov.b32 $0, $1;", "=r,r,r", [place, threads], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_at(number, THREADS: gl.constexpr, WARPS: gl.constexpr):
+    """Arrive, as :func:`arrive_at` does, and wait until the barrier opens."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    place = gl.zeros([32 * WARPS], gl.int32, layout=layout) + number
+    threads = gl.full([32 * WARPS], THREADS, gl.int32, layout=layout)
+    gl.inline_asm_elementwise(
+        "bar.sync $1, $2; mov.b32 $0, $1;", "=r,r,r", [place, threads], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
 def await_turn(part: gl.constexpr):
     """Wait until another warpgroup passes the turn to warpgroup ``part``, this one."""
-    gl.inline_asm_elementwise(
-        "bar.sync $1, 256; mov.b32 $0, $1;", "=r,r", [_turn(part)], dtype=gl.int32, is_pure=False, pack=1
-    )
+    wait_at(TURN + part, 256, 4)
 
 
 @gluon.jit
 def pass_turn(part: gl.constexpr):
     """Let warpgroup ``part``, another one, take its turn."""
-    gl.inline_asm_elementwise(
-        "bar.arrive $1, 256; mov.b32 $0, $1;", "=r,r", [_turn(part)], dtype=gl.int32, is_pure=False, pack=1
-    )
+    arrive_at(TURN + part, 256, 4)
+
+
+@gluon.jit
+def give_back(empty, slot, before: gl.constexpr, CONSUMERS: gl.constexpr, NAMED: gl.constexpr):
+    """This warpgroup has read ``slot``, for which ``empty`` has a barrier, and FREE + ``before`` + ``slot`` is one."""
+    if NAMED:
+        arrive_at(FREE + before + slot, CONSUMERS * 128 + 32, 4)
+    else:
+        mbarrier.arrive(empty.index(slot), count=1)
+
+
+@gluon.jit
+def await_free(empty, number, SLOTS: gl.constexpr, before: gl.constexpr, CONSUMERS: gl.constexpr, NAMED: gl.constexpr):
+    """Wait until all warpgroups have given back the slot that block ``number`` gets: the loading warp."""
+    if NAMED:
+        if number >= SLOTS:
+            wait_at(FREE + before + number % SLOTS, CONSUMERS * 128 + 32, 1)
+    else:
+        mbarrier.wait(empty.index(number % SLOTS), ((number // SLOTS) & 1) ^ 1)
 
 
 @gluon.jit
@@ -165,7 +199,7 @@ def produce(
     q_rows, k_rows, v_rows, k_copies, v_copies, slots, barriers, tables, room, turns, sizes, left, right,
     GROUP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, VARLEN: gl.constexpr,
     LISTED: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, Q_SLOTS: gl.constexpr,
-    K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, WIDTH: gl.constexpr,
+    K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, WIDTH: gl.constexpr, NAMED: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: Q of each turn, then K one block ahead of V, as their slots are set free in that order."""
     BLOCK_Q: gl.constexpr = CONSUMERS * ROWS
@@ -214,7 +248,7 @@ def produce(
                         step, blocks, place, k_outer, mine, whole, rest, number * k_rest, LISTED, BLOCK_K
                     )
                     slot = (done + step) % K_SLOTS
-                    mbarrier.wait(k_empty.index(slot), (((done + step) // K_SLOTS) & 1) ^ 1)
+                    await_free(k_empty, done + step, K_SLOTS, 0, CONSUMERS, NAMED)
                     copy_in(
                         k_rows, k_copies, [k_leading, outer, key_head, row, 0], k_full.index(slot),
                         k_slots.index(slot), packed, LISTED, BLOCK_K, WIDTH,
@@ -224,10 +258,16 @@ def produce(
                         step - 1, blocks, place, k_outer, mine, whole, rest, number * k_rest, LISTED, BLOCK_K
                     )
                     slot = (done + step - 1) % V_SLOTS
-                    mbarrier.wait(v_empty.index(slot), (((done + step - 1) // V_SLOTS) & 1) ^ 1)
+                    await_free(v_empty, done + step - 1, V_SLOTS, K_SLOTS, CONSUMERS, NAMED)
                     copy_in(
                         v_rows, v_copies, [k_leading, outer, key_head, row, 0], v_full.index(slot),
                         v_slots.index(slot), packed, LISTED, BLOCK_K, WIDTH,
                     )  # fmt: skip
             done += blocks
             taken += 1
+    if NAMED:
+        # nobody leaves a barrier behind at which others arrived
+        for number in range(gl.maximum(done, K_SLOTS), done + K_SLOTS):
+            await_free(k_empty, number, K_SLOTS, 0, CONSUMERS, NAMED)
+        for number in range(gl.maximum(done, V_SLOTS), done + V_SLOTS):
+            await_free(v_empty, number, V_SLOTS, K_SLOTS, CONSUMERS, NAMED)

@@ -218,26 +218,40 @@ def store_wait(pendings: int) -> None:
         pending.pop(0)()
 
 
-class Turns:
-    """Named barriers: one warpgroup waits at each, another arrives."""
+class Named:
+    """The named barriers: each opens when as many threads have arrived as those who come say."""
 
     def __init__(self) -> None:
-        self.passed: dict[int, int] = {}
+        self.arrived: dict[int, int] = {}
+        self.opened: dict[int, int] = {}
 
-    def hand(self, part: int) -> None:
-        with change:
-            self.passed[part] = self.passed.get(part, 0) + 1
-            assert self.passed[part] == 1, "a turn was passed on twice: the barrier would open for nobody"
-            change.notify_all()
+    def clear(self) -> None:
+        self.arrived.clear()
+        self.opened.clear()
 
-    def wait(self, part: int) -> None:
+    def arrive(self, number: Any, threads: int, warps: int) -> int:
+        """How often the barrier had opened before."""
+        number = int(number)
+        assert 5 <= number < 16, "one of Triton's own barriers, or none at all"
         with change:
-            if not change.wait_for(lambda: self.passed.get(part, 0), PATIENCE):
+            opened = self.opened.setdefault(number, 0)
+            arrived = self.arrived.get(number, 0) + 32 * warps
+            assert arrived <= threads, "more arrive than the barrier counts: it would open for nobody"
+            if arrived == threads:
+                arrived = 0
+                self.opened[number] += 1
+                change.notify_all()
+            self.arrived[number] = arrived
+            return opened
+
+    def wait(self, number: Any, threads: int, warps: int) -> None:
+        opened = self.arrive(number, threads, warps)
+        with change:
+            if not change.wait_for(lambda: self.opened[int(number)] > opened, PATIENCE):
                 raise TimeoutError("deadlock")
-            self.passed[part] = 0
 
 
-turns = Turns()
+named = Named()
 
 
 class Product:
@@ -266,7 +280,7 @@ def product_wait(outstanding: int, deps: tuple[Product]) -> Tile:
 
 def warp_specialize(functions: list[Any], warps: list[int], registers: list[int]) -> None:
     errors: list[BaseException] = []
-    turns.passed.clear()
+    named.clear()
 
     def run(function: Any, arguments: Any) -> None:
         try:
@@ -283,6 +297,8 @@ def warp_specialize(functions: list[Any], warps: list[int], registers: list[int]
     errors += loads.errors
     if errors:
         raise errors[0]
+    left = {number for number, arrived in named.arrived.items() if arrived and number >= 11}
+    assert not left, f"barriers {left} of slots are left half full"
 
 
 def load(pointer: Pointer) -> Tile:
@@ -327,9 +343,11 @@ def gluon() -> tuple[types.SimpleNamespace, dict[str, Any]]:
         "fence_async_shared": fence,
         "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=True: Product([a, b], acc if use_acc else None),
         "warpgroup_mma_wait": product_wait,
-        "await_turn": turns.wait,
-        "pass_turn": turns.hand,
+        "arrive_at": named.arrive,
+        "wait_at": named.wait,
         "ROWS": 64,
+        "TURN": 8,
+        "FREE": 11,
         "FAR": 1 << 30,
     }
     return language, others
