@@ -42,6 +42,7 @@ class Row:
     step: float = math.nan  # median; of the fastest round
     swap: float = math.nan  # returned - the median of the steps right after: what swapping to it cost
     error: float = math.nan  # relative to the float64 model, the larger of all rounds
+    bound: float = math.nan  # what the error may be
     failure: str | None = None
 
 
@@ -197,7 +198,7 @@ def _bound_to_switch(subject: Subject) -> Iterator[None]:
 def sweep(prepared: Prepared, mode: str, compiler: str, steps: int, rounds: int, progress: Progress) -> list[Row]:
     """Compile the model once and go through its backends ``rounds`` times; what fails is noted in its row."""
     subject = prepared.subject
-    rows = {name: Row(subject.name, mode, name) for name in prepared.backends}
+    rows = {name: Row(subject.name, mode, name, bound=_bound(prepared, name)) for name in prepared.backends}
     if mode == SWITCH:
         for name in prepared.backends:
             if not registry.backend_info(name).switchable:
@@ -237,19 +238,18 @@ def failures(prepared: Prepared, rows: list[Row]) -> list[str]:
     """Everything that is not as promised, in words."""
     found = []
     name = prepared.subject.name
-    for bound in sorted({_bound(prepared, row.backend) for row in rows} | {prepared.bound}):
+    for bound in sorted({row.bound for row in rows} | {prepared.bound}):
         for what, size in prepared.visible.items():
             if not size > bound:
                 found.append(f"{name}: an error as large as '{what}' ({size:.2g}) would pass the bound {bound:.2g}")
     for position, row in enumerate(rows):
-        bound = _bound(prepared, row.backend)
         where = f"{row.model} {row.mode} {row.backend}"
         if row.failure is not None:
             found.append(f"{where}: {row.failure}")
             continue
-        if not row.error <= bound:
+        if not row.error <= row.bound:
             found.append(
-                f"{where}: error {row.error:.3g} is over {bound:.3g} = 2 x {prepared.yardstick:.3g} + rounding"
+                f"{where}: error {row.error:.3g} is over {row.bound:.3g} = 2 x {prepared.yardstick:.3g} + rounding"
             )
         first = 1 if row.mode == "static" or position == 0 else 0
         expected = [first] + [0] * (len(row.graphs) - 1)
@@ -262,9 +262,12 @@ def failures(prepared: Prepared, rows: list[Row]) -> list[str]:
 
 
 def _bound(prepared: Prepared, backend: str) -> float:
-    """What ``backend`` may be off by: kernels that round to 8 bits add what such noise was seen to do."""
+    """What ``backend`` may be off by: kernels that round to 8 bits add what such noise was seen to do.
+
+    The two errors know nothing of each other: their squares add.
+    """
     rounding = _rounding(backend)
-    return prepared.bound + (prepared.blur[rounding] if rounding else 0.0)
+    return math.hypot(prepared.bound, prepared.blur[rounding]) if rounding else prepared.bound
 
 
 def _expected(operator: str, row: Row) -> bool:
