@@ -7,7 +7,8 @@ to the first: those cut by a length or by positions come first, the long loop te
 off sm_90 this file can only be compiled.
 
 Words: a *tile* is the rows of one turn of a program, a *block* what one step of its loop reads, a *slot* the shared
-memory of one block. Slot n % SLOTS serves block n, counted over all turns; its barriers' phase is n // SLOTS & 1.
+memory of one block. Slot n % SLOTS serves block n, counted over all turns; the phase of its mbarriers is
+n // SLOTS & 1 (named barriers have none).
 """
 
 # mypy: allow-untyped-defs
@@ -23,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._hopper_tiles import FAR, ROWS, await_turn, give_back, keys_of, pass_turn, place_of, produce, turn_of
+from ._hopper_tiles import FAR, FREE, ROWS, TURN, await_turn, give_back, keys_of, pass_turn, place_of, produce, turn_of
 
 
 @gluon.jit
@@ -277,8 +278,10 @@ def hopper_forward(
     tile_plan's, Count, Whole and the copies are key_blocks' and gather_keys' (packed over the batch), where VARLEN and
     LISTED ask for them. ``scale`` is positive and for base 2. ``never`` is 0. ALTERNATE: the warpgroups take turns
     at the tensor cores. HELD: rows of Q stay in registers, so that a step reads a fifth less of shared memory.
-    NAMED: slots of K and V, 5 in all, are given back through named barriers.
+    NAMED: slots of K and V, at most 5, are given back through named barriers.
     """
+    gl.static_assert(TURN + CONSUMERS <= FREE)
+    gl.static_assert(not NAMED or FREE + K_SLOTS + V_SLOTS <= 16, "there are 16 named barriers")
     dtype: gl.constexpr = q_rows.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], dtype)
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, WIDTH], dtype)

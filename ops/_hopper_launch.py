@@ -43,7 +43,7 @@ class Config:
     of a computing thread (of the first warpgroup: at least; it gets what is left).
 
     ``alternate``: the warpgroups take turns at the tensor cores. ``held``: rows of Q stay in registers. ``named``: the
-    slots of K and V, 5 in all, are given back through named barriers.
+    slots of K and V, at most 5, are given back through named barriers.
     """
 
     consumers: int
@@ -69,7 +69,7 @@ class Config:
 TABLE: dict[int, tuple[Config, Config]] = {
     64: (Config(3, 128, 2, 3, 4, 160), Config(2, 128, 2, 3, 4, 240)),
     # Q in registers: 1.01 flux and wan480; 0.96 of the speed where a loop with tests needs the registers. Named
-    # barriers: 1.01 flux, 1.02 wan480 and cross, level causal; 0.985 at 64 columns
+    # barriers: 1.01 flux, 1.02 wan480 and cross, level causal; 0.985 at 64 columns (with numbers 5 to 7 for turns)
     128: (Config(2, 128, 2, 2, 3, 240, held=True, named=True), Config(2, 128, 2, 2, 3, 240, named=True)),
     # without turns: as fast, and less to wait for
     256: (Config(2, 64, 1, 2, 3, 240, alternate=False), Config(2, 64, 1, 2, 3, 240, alternate=False)),

@@ -61,7 +61,7 @@ def pass_turn(part: gl.constexpr):
 
 @gluon.jit
 def give_back(empty, slot, before: gl.constexpr, CONSUMERS: gl.constexpr, NAMED: gl.constexpr):
-    """This warpgroup has read ``slot``, for which ``empty`` has a barrier, and FREE + ``before`` + ``slot`` is one."""
+    """This warpgroup has read ``slot``: of K (``before`` is 0) or of V (``before`` is K_SLOTS)."""
     if NAMED:
         arrive_at(FREE + before + slot, CONSUMERS * 128 + 32, 4)
     else:
@@ -266,7 +266,8 @@ def produce(
             done += blocks
             taken += 1
     if NAMED:
-        # nobody leaves a barrier behind at which others arrived
+        # What was given back last: so every arrival at a slot's barrier is waited for. (The last turn is not: who
+        # passes it on cannot know that nobody is left to take it.)
         for number in range(gl.maximum(done, K_SLOTS), done + K_SLOTS):
             await_free(k_empty, number, K_SLOTS, 0, CONSUMERS, NAMED)
         for number in range(gl.maximum(done, V_SLOTS), done + V_SLOTS):

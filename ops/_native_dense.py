@@ -170,7 +170,7 @@ def aligned(tensor: Tensor) -> Tensor:
     end the CUDA context; a strided last dimension makes cuDNN's second call crash.
     """
     width = tensor.shape[-1]
-    # half the time of what follows, three times a call; of a traced length it would make a condition
+    # Half the time of what follows, three times a call. Not for traced tensors: is_contiguous would tie their lengths.
     if type(tensor) is Tensor and tensor.is_contiguous() and width % 8 == 0 and tensor.storage_offset() % 8 == 0:
         return tensor
     padding = -width % 8

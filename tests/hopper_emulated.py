@@ -315,6 +315,10 @@ def either(condition: Any, one: Any, other: Any) -> Any:
     return tile(torch.where(condition, one, other))
 
 
+def asserted(condition: bool, message: str = "") -> None:
+    assert condition, message
+
+
 def gluon() -> tuple[types.SimpleNamespace, dict[str, Any]]:
     layouts = types.SimpleNamespace(get_default_for=lambda *_: None)
     language = types.SimpleNamespace(
@@ -327,7 +331,7 @@ def gluon() -> tuple[types.SimpleNamespace, dict[str, Any]]:
         arange=lambda begin, end, layout: tile(torch.arange(begin, end)), NVMMASharedLayout=layouts,
         SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None, NVMMADistributedLayout=lambda **_: None,
         allocate_shared_memory=lambda dtype, shape, layout: Shared(dtype, shape), float32=torch.float32,
-        int64=torch.int64,
+        int64=torch.int64, static_assert=asserted,
     )  # fmt: skip
     others = {
         "mbarrier": types.SimpleNamespace(

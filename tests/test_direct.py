@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -95,6 +97,15 @@ def test_seen_by(through, call, watcher):
     assert len(through) == 1
 
 
+def test_seen_by_a_profiler_of_another_thread(through):
+    x = torch.randn(2, 17, 4, 16)
+    with profile(activities=[ProfilerActivity.CPU]):
+        thread = threading.Thread(target=dense, args=(x,))
+        thread.start()
+        thread.join()
+    assert len(through) == 1
+
+
 @pytest.mark.parametrize("call", [dense, packed])
 def test_seen_by_vmap(through, call):
     x = torch.randn(3, 2, 17, 4, 16)
@@ -118,14 +129,68 @@ def test_forward_mode_is_refused_and_not_dropped(through):
     assert len(through) == 1
 
 
-def test_a_tensor_that_only_says_it_is_negative(through):
-    x = torch.randn(2, 17, 4, 16)
-    negative = torch.conj(torch.complex(torch.zeros_like(x), x)).imag
-    assert negative.is_neg()
-    with torch.no_grad():
-        out = dense(negative)
+def negative(x):
+    """-x, as a view of x that says so."""
+    return torch.conj(torch.complex(torch.zeros_like(x), x)).imag
+
+
+def test_tensors_that_only_say_they_are_negative(through):
+    x, mask = torch.randn(2, 17, 4, 16), torch.randn(1, 1, 17, 17)
+    assert negative(x).is_neg()
+    torch.testing.assert_close(dense(negative(x)), dense(-x))
     assert len(through) == 1
-    torch.testing.assert_close(out, dense((-x).requires_grad_()).detach())
+    torch.testing.assert_close(dense(x, attn_mask=negative(mask)), dense(x, attn_mask=-mask))
+    assert len(through) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": 1},
+        {"scale": np.float32(0.5)},
+        {"scale": torch.tensor(0.5)},
+        {"window_size": (np.int64(3), 0)},
+        {"deterministic": 1},
+        {"dropout_p": np.float64(0.0)},
+    ],
+    ids=str,
+)
+def test_numbers_that_the_dispatcher_converts(through, options):
+    """A kernel that launches Triton would choke on them."""
+    x = torch.randn(2, 17, 4, 16)
+    out = dense(x, **options)
+    assert through == ([] if "dropout_p" in options else ["triton"])
+    given = {
+        name: tuple(map(int, value)) if isinstance(value, tuple) else float(value) for name, value in options.items()
+    }
+    if "deterministic" in given:
+        given["deterministic"] = True
+    torch.testing.assert_close(out, dense(x, **given), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["max_seqlen_q", "max_seqlen_k"])
+def test_lengths_that_are_no_integers(name):
+    x, starts = torch.randn(8, 2, 16), torch.tensor([0, 8], dtype=torch.int32)
+    with pytest.raises((TypeError, RuntimeError), match="int"):
+        compiled_attn.varlen_attention(x, x, x, starts, starts, backend=BACKEND, **{name: 8.0})
+
+
+@pytest.mark.parametrize("call", [dense, packed])
+def test_kernels_run_below_autograd_either_way(through, call, monkeypatch):
+    """What a kernel compiles for itself (flex) is guarded on that: it would be compiled once more under a profiler."""
+    entry, excluded = registry.BACKENDS[BACKEND], []
+
+    def noted(kernels):
+        def forward(*args):
+            excluded.append(torch._C._dispatch_tls_is_dispatch_key_excluded("AutogradFunctionality"))
+            return kernels.forward(*args)
+
+        return dataclasses.replace(kernels, forward=forward)
+
+    backend = dataclasses.replace(entry.backend, dense=noted(entry.backend.dense), varlen=noted(entry.backend.varlen))
+    monkeypatch.setitem(registry.BACKENDS, BACKEND, dataclasses.replace(entry, backend=backend))
+    call(torch.randn(2, 17, 4, 16))
+    assert (through, excluded) == ([], [True])
 
 
 @pytest.mark.parametrize("x", [torch.empty(2, 17, 4, 16, device="meta"), torch.nn.Parameter(torch.ones(2, 17, 4, 16))])
