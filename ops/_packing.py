@@ -35,7 +35,7 @@ class Packing:
         quick, kernels = self._kernels
         with quick.on(device):
             quick.launch(
-                kernels.place_keys, (1, 1, 1),
+                kernels.place_keys, (-(-total // _PLACE_BLOCK), 1, 1),
                 (key_padding, self._source, self._target, self.cu_seqlens, *key_padding.stride(), *key_padding.shape),
                 {"BLOCK": _PLACE_BLOCK}, 16, device.index,
             )  # fmt: skip
