@@ -21,6 +21,7 @@ from .spec import ALIGN_LOWER_RIGHT, CAUSAL, LOWER_RIGHT, UPPER_LEFT, Call
 from .state import SWITCH, _local, origin
 
 _any_autocast = torch._C._is_any_autocast_enabled  # 0.4 us less than asking for one device type
+
 Alignment = Literal["upper_left", "lower_right"]
 
 
@@ -307,6 +308,7 @@ def _dense(
         return entry.backend.traced(
             query, key, value, mask, key_padding, dropout_p, causal, scale, gqa, window, deterministic, return_lse
         )
+    # Arguments are spelled out each time: one tuple of them for all costs 0.7 of a native call's 8 us over plain SDPA.
     kernels: Kernels = entry.backend.dense  # type: ignore[assignment]
     # (under autocast the operator, which switches it off round the kernel's own matrix products)
     if not compiling and not under_autocast:
@@ -318,12 +320,15 @@ def _dense(
             )
             out = out.contiguous()
             return out, lse.detach().contiguous() if return_lse else out  # type: ignore[union-attr]
-        if not gradient and direct.unseen(query, key, value, mask, key_padding):
-            if direct.plain(dropout_p, scale, gqa, window, deterministic):
-                return direct.run(
-                    kernels.forward, query, key, value, mask, key_padding, dropout_p, causal, scale, gqa, window,
-                    deterministic, return_lse,
-                )  # fmt: skip
+        if (
+            not gradient
+            and direct.plain(dropout_p, scale, gqa, window, deterministic)
+            and direct.unseen(query, key, value, mask, key_padding)
+        ):
+            return direct.run(
+                kernels.forward, query, key, value, mask, key_padding, dropout_p, causal, scale, gqa, window,
+                deterministic, return_lse,
+            )  # fmt: skip
     # Opaque operators need lse for their backward and cannot see requires_grad once they are in a graph.
     save = return_lse or (gradient and not kernels.composite)
     out, lse, _ = entry.op(  # type: ignore[misc]
@@ -398,12 +403,16 @@ def _varlen(
     if registry.checks_enabled:
         checks.varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
     kernels: Kernels = entry.backend.varlen  # type: ignore[assignment]
-    if not (compiling or under_autocast or gradient) and direct.unseen(query, key, value, cu_seqlens_q, cu_seqlens_k):
-        if direct.plain(dropout_p, scale, gqa, window, deterministic) and type(max_q) is type(max_k) is int:
-            return direct.run(
-                kernels.forward, query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout_p, causal, scale,
-                gqa, window, deterministic, return_lse,
-            )  # fmt: skip
+    if (
+        not (compiling or under_autocast or gradient)
+        and direct.plain(dropout_p, scale, gqa, window, deterministic)
+        and type(max_q) is type(max_k) is int
+        and direct.unseen(query, key, value, cu_seqlens_q, cu_seqlens_k)
+    ):
+        return direct.run(
+            kernels.forward, query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout_p, causal, scale, gqa,
+            window, deterministic, return_lse,
+        )  # fmt: skip
     save = return_lse or (gradient and not kernels.composite)
     out, lse, _ = entry.varlen_op(  # type: ignore[misc]
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout_p, causal, scale, gqa, window,

@@ -26,25 +26,23 @@ FREE = gl.constexpr(11)  # NAMED: one for each slot of K, then of V; all who com
 
 
 @gluon.jit
-def arrive_at(number, THREADS: gl.constexpr, WARPS: gl.constexpr):
-    """All threads of this partition, of WARPS warps, arrive at a named barrier that opens when THREADS did."""
+def _barrier(ASM: gl.constexpr, number, THREADS: gl.constexpr, WARPS: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     place = gl.zeros([32 * WARPS], gl.int32, layout=layout) + number
     threads = gl.full([32 * WARPS], THREADS, gl.int32, layout=layout)
-    gl.inline_asm_elementwise(
-        "bar.arrive $1, $2; mov.b32 $0, $1;", "=r,r,r", [place, threads], dtype=gl.int32, is_pure=False, pack=1
-    )
+    gl.inline_asm_elementwise(ASM, "=r,r,r", [place, threads], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def arrive_at(number, THREADS: gl.constexpr, WARPS: gl.constexpr):
+    """All threads of this partition, of WARPS warps, arrive at a named barrier that opens when THREADS did."""
+    _barrier("bar.arrive $1, $2; mov.b32 $0, $1;", number, THREADS, WARPS)
 
 
 @gluon.jit
 def wait_at(number, THREADS: gl.constexpr, WARPS: gl.constexpr):
     """Arrive, as :func:`arrive_at` does, and wait until the barrier opens."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    place = gl.zeros([32 * WARPS], gl.int32, layout=layout) + number
-    threads = gl.full([32 * WARPS], THREADS, gl.int32, layout=layout)
-    gl.inline_asm_elementwise(
-        "bar.sync $1, $2; mov.b32 $0, $1;", "=r,r,r", [place, threads], dtype=gl.int32, is_pure=False, pack=1
-    )
+    _barrier("bar.sync $1, $2; mov.b32 $0, $1;", number, THREADS, WARPS)
 
 
 @gluon.jit

@@ -95,11 +95,9 @@ def varlen_as_dense(package: Any) -> Kernels:
 
 def too_large(query: Sequence[int], key: Sequence[int], masked: bool) -> list[str]:
     """Why shapes are too large for the kernels, which count elements in 32 bits."""
-    if max(math.prod(query), math.prod(key)) < 2**24 and not masked:
-        return []  # padding makes at most 64 as many: each call asks, and this is half the time
     found = []
     for name, shape in (("query", query), ("key", key)):
-        count = math.prod(shape[:-1]) * (64 if shape[-1] <= 64 else 128)
+        count = math.prod(shape) // max(shape[-1], 1) * (64 if shape[-1] <= 64 else 128)
         if count >= 2**31:
             found.append(f"counts in 32 bits, and {name} has {count} elements after padding of head_dim")
     if masked and query[-3] * key[-3] >= 2**31:

@@ -297,7 +297,9 @@ def warp_specialize(functions: list[Any], warps: list[int], registers: list[int]
     errors += loads.errors
     if errors:
         raise errors[0]
-    left = {number for number, arrived in named.arrived.items() if arrived and number >= 11}
+    from compiled_attn.ops import _hopper_tiles
+
+    left = {number for number, arrived in named.arrived.items() if arrived and number >= _hopper_tiles.FREE}
     assert not left, f"barriers {left} of slots are left half full"
 
 
@@ -349,10 +351,6 @@ def gluon() -> tuple[types.SimpleNamespace, dict[str, Any]]:
         "warpgroup_mma_wait": product_wait,
         "arrive_at": named.arrive,
         "wait_at": named.wait,
-        "ROWS": 64,
-        "TURN": 8,
-        "FREE": 11,
-        "FAR": 1 << 30,
     }
     return language, others
 
@@ -369,6 +367,8 @@ def installed() -> Any:
                 setattr(module, name, others[name])
             elif type(item).__name__ == "GluonJITFunction":
                 setattr(module, name, item.fn)
+            elif type(item).__name__ == "constexpr":
+                setattr(module, name, item.value)
         module.gl = language  # type: ignore[attr-defined]
 
     def launch(

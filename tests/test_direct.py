@@ -10,24 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import compiled_attn
-from compiled_attn import registry
+from compiled_attn import registry, watch
 
 BACKEND = "triton"  # opaque to the dispatcher, dense and packed; runs on a CPU too
-
-
-class Functions(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
-class Operators(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -84,8 +73,8 @@ def test_lse_without_the_operator(through):
 @pytest.mark.parametrize(
     "watcher",
     [
-        Operators,
-        Functions,
+        watch.Eager,
+        BaseTorchFunctionMode,
         lambda: profile(activities=[ProfilerActivity.CPU]),
         lambda: torch.autocast("cpu", torch.bfloat16),
     ],
