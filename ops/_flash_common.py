@@ -22,6 +22,8 @@ from ._packing import PackedBatch
 
 # cu_seqlens_q, cu_seqlens_k and bounds of the lengths of query and key; None for a dense call
 Lengths = tuple[Tensor, Tensor, int, int]
+# the same for dense queries beside packed keys, which only a library with ``dense_queries`` gets
+KeyLengths = tuple[None, Tensor, int, int]
 Window = tuple[int, int]
 OPEN: Window = (-1, -1)
 
@@ -34,13 +36,14 @@ class Library(Protocol):
     """
 
     empty_lse: float  # what it writes for a row with nothing to attend to
+    dense_queries: bool  # whether its forward takes (B, Sq, H, D) queries beside packed keys
 
     def packs(self, q_length: int, k_length: int, window: Window) -> bool:
         """Whether a dense call must go to the packed entry, as the dense one would be wrong."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None, scale: float, causal: bool, window: Window,
-        dropout_p: float, return_lse: bool,
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | KeyLengths | None, scale: float, causal: bool,
+        window: Window, dropout_p: float, return_lse: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """out, lse and the random state; rows behind the last sequence may hold anything."""
 
@@ -107,8 +110,8 @@ def _nothing(q: Tensor, v: Tensor, dropout_p: float) -> tuple[Tensor, Tensor, Te
 
 
 def _call(
-    library: Library, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None, scale: float, causal: bool,
-    window: Window, dropout_p: float, return_lse: bool,
+    library: Library, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | KeyLengths | None, scale: float,
+    causal: bool, window: Window, dropout_p: float, return_lse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     out, lse, rng = library.forward(
         aligned(q), aligned(k), aligned(v), lengths, scale, causal, window, dropout_p, return_lse
@@ -154,6 +157,9 @@ def kernels(package: Loader, dropout: bool = False) -> tuple[Kernels, Kernels, K
                 return _call(library, q, k, v, None, *options, dropout_p, return_lse)
             packed = PackedBatch(q, k, key_padding)
             key, value = packed.keys(k, v)
+            if library.dense_queries:
+                lengths: KeyLengths = (None, packed.cu_seqlens_k, q.shape[1], k.shape[1])
+                return _call(library, q, key, value, lengths, *options, dropout_p, return_lse)
             out, lse, rng = _call(
                 library, q.flatten(0, 1), key, value, packed.lengths, *options, dropout_p, return_lse
             )  # fmt: skip

@@ -75,12 +75,17 @@ class PackedBatch:
         self.batch, self.k_length = k.shape[:2]
         self.packing = None if key_padding is None else Packing(key_padding)
         if self.packing is None:
-            cu_seqlens_k = masks.dense_cu_seqlens(self.batch, self.k_length, k.device)
+            self.cu_seqlens_k = masks.dense_cu_seqlens(self.batch, self.k_length, k.device)
         else:
-            cu_seqlens_k = self.packing.cu_seqlens
-        self.lengths = (
-            masks.dense_cu_seqlens(self.batch, q.shape[1], q.device), cu_seqlens_k, q.shape[1], self.k_length
-        )  # fmt: skip
+            self.cu_seqlens_k = self.packing.cu_seqlens
+        self._query = q
+
+    @property
+    def lengths(self) -> tuple[Tensor, Tensor, int, int]:
+        """cu_seqlens_q, cu_seqlens_k, and bounds of the lengths of query and key."""
+        q_length = self._query.shape[1]
+        cu_seqlens_q = masks.dense_cu_seqlens(self.batch, q_length, self._query.device)
+        return cu_seqlens_q, self.cu_seqlens_k, q_length, self.k_length
 
     def keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """K and V (B, Sk, H, D) packed."""

@@ -21,7 +21,7 @@ from compiled_attn.spec import CAUSAL, report
 from ._native_dense import aligned, fit
 from ._packing import PackedBatch
 from ._quick_launch import on
-from ._sage_library import BLOCK_K, BLOCK_Q, PACKED_WIDTHS, Dense, Packed
+from ._sage_library import BLOCK_K, BLOCK_Q, WIDTHS, Blocks, Dense, Packed
 
 Forward = tuple[Tensor, Tensor | None, Tensor | None]
 LOG2_E = 1.0 / math.log(2.0)
@@ -131,11 +131,18 @@ def _dense(
     library: Dense, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
     return_lse: bool,
 ) -> Forward:  # fmt: skip
-    width = q.shape[-1]
+    if library.blocks is not None:
+        return _by_blocks(library.blocks, q, k, v, is_causal, scale, library.counts_padding), None, None
+    width, length = q.shape[-1], k.shape[1]
+    if is_causal and -(-length // BLOCK_K) % 2 and library.by_triton(capability_of(q)):
+        # It reads blocks of keys in pairs, and so a scale behind the last one, see _sage_rounding.round_blocks.
+        filled = [F.pad(tensor, (0, 0, 0, 0, 0, -length % (2 * BLOCK_K))) for tensor in (q, k, v)]
+        out, lse, _ = _dense(library, *filled, mask, is_causal, scale, return_lse)
+        return out[:, :length], None if lse is None else lse[..., :length], None
     mean = None
     # 2.x subtracts the mean of K while it quantises, which costs nothing. Its lse, however, is put right by a product
-    # in the dtype of q; and 1.0.6 changes the caller's K in place.
-    if return_lse or library.changes_k:
+    # in the dtype of q.
+    if return_lse:
         k, mean = smoothed(k)
     options: dict[str, Any] = {}
     if mean is not None and library.takes_smooth_k:
@@ -148,7 +155,7 @@ def _dense(
         options["return_lse"] = True
         # 2.2.0 repeats the heads of K's mean along the wrong dimension for its lse (thu-ml/SageAttention#306)
         k, v = _repeated(q, k), _repeated(q, v)
-    q_, k_, v_ = _widened(library.widths, q, k, v)
+    q_, k_, v_ = _widened(q, k, v)
 
     def run(value: Tensor) -> Any:
         return library.entry(q_, k_, value, tensor_layout="NHD", is_causal=is_causal, sm_scale=scale, **options)
@@ -161,6 +168,29 @@ def _dense(
     out, lse = run(v_)
     assert mean is not None
     return fit(out, width), lse + shift(q, mean, scale), None
+
+
+def _by_blocks(
+    library: Blocks, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, counts_padding: bool
+) -> Tensor:
+    """1.x by the kernels below its entry, which changes the caller's K in place, and reads behind its scales."""
+    mean = k.mean(1, keepdim=True)  # sums in float32, whatever K is
+    q8, k8, v16, q_scale, k_scale = _rounded(q, k, v, mean, scale * LOG2_E, _width(q.shape[-1]))
+    attend = library.causal if is_causal else library.full
+
+    def run(value: Tensor) -> Tensor:
+        return attend(q8, k8, value, q_scale, k_scale, tensor_layout="NHD", output_dtype=q.dtype)
+
+    out = run(v16)
+    if counts_padding and not is_causal and k.shape[1] % BLOCK_K:
+        out = _without_padding(out, run(torch.ones_like(v16)))
+    return fit(out, q.shape[-1])
+
+
+def _rounded(*arguments: Any) -> tuple[Tensor, ...]:
+    from ._sage_rounding import round_blocks  # imports triton, as the library does
+
+    return round_blocks(*arguments)
 
 
 def _without_padding(out: Tensor, share: Tensor) -> Tensor:
@@ -213,7 +243,7 @@ def _packed(
     subtracts one mean of K from all sequences. Below it lie these kernels.
     """
     width = q.shape[-1]
-    q, k, v = _widened(PACKED_WIDTHS, q, smoothed_packed(k, cu_seqlens_k), v)
+    q, k, v = _widened(q, smoothed_packed(k, cu_seqlens_k), v)
     q8, q_scale, q_starts = _quantised(library, q, cu_seqlens_q, max_seqlen_q, scale * LOG2_E, BLOCK_Q)
     k8, k_scale, k_starts = _quantised(library, k, cu_seqlens_k, max_seqlen_k, 1.0, BLOCK_K)
     attend = library.causal if is_causal else library.full
@@ -240,8 +270,9 @@ def _quantised(
     blocks = (cu_seqlens.diff() + (block - 1)) // block
     starts = F.pad(blocks.cumsum(0), (1, 0))
     rounded = torch.empty_like(rows, dtype=torch.int8, memory_format=torch.contiguous_format)
-    # no more than this many, whatever the lengths are: nobody waits for them
-    scales = torch.empty((total // block + sequences, heads), dtype=torch.float32, device=rows.device)
+    # No more than this many, whatever the lengths are: nobody waits for them. One more than there may be, and no NaN
+    # in those that nobody writes: the causal kernels read them, see _sage_rounding.round_blocks.
+    scales = torch.zeros((total // block + sequences + 1, heads), dtype=torch.float32, device=rows.device)
     library.quantise[((max_seqlen + block - 1) // block, heads, sequences)](
         rows, rounded, scales, cu_seqlens, starts, rows.stride(1), rows.stride(0), rounded.stride(1),
         rounded.stride(0), sm_scale=scale, H=heads, C=width, BLK=block,
@@ -284,10 +315,13 @@ def _repeated(q: Tensor, k: Tensor) -> Tensor:
     return k if group == 1 else k.repeat_interleave(group, 2)
 
 
-def _widened(widths: tuple[int, ...], *tensors: Tensor) -> list[Tensor]:
-    width = tensors[0].shape[-1]
-    if width not in widths:
-        padding = next(wide for wide in widths if wide >= width) - width
+def _width(head_dim: int) -> int:
+    return next(width for width in WIDTHS if head_dim <= width)
+
+
+def _widened(*tensors: Tensor) -> list[Tensor]:
+    padding = _width(tensors[0].shape[-1]) - tensors[0].shape[-1]
+    if padding:
         return [F.pad(tensor, (0, padding)) for tensor in tensors]
     # the quantising kernels read 16 bytes at a time, and say nothing when rows lie elsewhere
     return [aligned(tensor) for tensor in tensors]

@@ -20,7 +20,7 @@ LACKING = (
 TRITON_ENTRY = "sageattn_qk_int8_pv_fp16_triton"
 # Rows of Q and keys that share one scale; the attention kernels of every release have them as constants.
 BLOCK_Q, BLOCK_K = 128, 64
-PACKED_WIDTHS = (64, 128)
+WIDTHS = (64, 128)
 # What sageattn of 2.x chooses; for the rest it takes its Triton kernel, which is always there.
 _CHOSEN = {
     (8, 0): "sageattn_qk_int8_pv_fp16_cuda",
@@ -74,11 +74,22 @@ class Dense(NamedTuple):
     entry: Callable[..., Any]
     facts: Facts
     packed: Packed | None
-    widths: tuple[int, ...]
-    changes_k: bool
+    blocks: Blocks | None
     counts_padding: bool
     takes_smooth_k: bool
     per_warp_on_12: bool
+    triton_for: tuple[tuple[int, int], ...] | None  # capabilities whose calls go to its Triton kernels; None: all
+
+    def by_triton(self, capability: tuple[int, int] | None) -> bool:
+        """Whether a call on a GPU of ``capability`` goes to its Triton kernels."""
+        return self.triton_for is None or capability in self.triton_for
+
+
+class Blocks(NamedTuple):
+    """The kernels below ``sageattn`` of 1.x: int8 Q and K with their scales, float16 V."""
+
+    full: Callable[..., Tensor]
+    causal: Callable[..., Tensor]
 
 
 class Packed(NamedTuple):
@@ -94,6 +105,10 @@ def bind_dense(module: Any, facts: Facts) -> Dense:
     """``sageattn``, the library's own choice of kernel."""
     entry = require(module, "sageattn", "q", "k", "v", "tensor_layout", "is_causal", "sm_scale")
     first = not accepts(entry, "return_lse")  # 1.x
+    blocks = None
+    if first:
+        arguments = ("q", "k", "v", "q_scale", "k_scale", "tensor_layout", "output_dtype")
+        blocks = Blocks(*(require(module, f"core.attn_{causal}", *arguments) for causal in ("false", "true")))
     packed = None
     facts.packs = getattr(module, "sageattn_varlen", None) is not None
     if facts.packs:
@@ -104,12 +119,11 @@ def bind_dense(module: Any, facts: Facts) -> Dense:
     chosen = {of: getattr(module, name, None) for of, name in _CHOSEN.items() if of in facts.chooses_for}
     facts.not_built = tuple(of for of, kernel in chosen.items() if kernel is not None and not _built(kernel))
     return Dense(
-        entry, facts, packed,
-        widths=(64, 96, 128) if first else (64, 128),
-        changes_k=first,
+        entry, facts, packed, blocks,
         counts_padding=_counts_padding(module),
         takes_smooth_k=accepts(entry, "smooth_k"),
         per_warp_on_12=False,
+        triton_for=tuple(of for of in facts.chooses_for if of not in _CHOSEN),
     )  # fmt: skip
 
 
@@ -125,12 +139,11 @@ def bind_pinned(module: Any, facts: Facts, name: str) -> Dense:
     facts.mask = accepts(entry, "attn_mask")
     facts.on_hopper = _fault_on_hopper(module) if name.endswith("_sm90") else ""
     return Dense(
-        entry, facts, None,
-        widths=(64, 128),
-        changes_k=False,
+        entry, facts, None, None,
         counts_padding=name == TRITON_ENTRY and _counts_padding(module),
         takes_smooth_k=True,
         per_warp_on_12=name == "sageattn_qk_int8_pv_fp8_cuda",
+        triton_for=None if name == TRITON_ENTRY else (),
     )  # fmt: skip
 
 

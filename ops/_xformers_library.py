@@ -23,6 +23,7 @@ class Flash:
     """
 
     empty_lse = math.inf
+    dense_queries = False
     packs = Flash2.packs
 
     def __init__(self, forward: Any, backward: Any, seed_dtype: torch.dtype) -> None:

@@ -62,6 +62,7 @@ class Aiter:
     """
 
     empty_lse = -math.inf
+    dense_queries = False
 
     def __init__(self, module: Any) -> None:
         tensors = ("q", "k", "v", "dropout_p", "softmax_scale", "window_size_left", "window_size_right")
@@ -293,6 +294,7 @@ class AiterForward:
     """kernels-community/aiter-flash-attn-ck: the same conventions behind two public functions, without a backward."""
 
     empty_lse = -math.inf
+    dense_queries = False
     packs = Aiter.packs
 
     def __init__(self, module: Any) -> None:

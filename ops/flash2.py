@@ -28,6 +28,7 @@ class Flash2:
     """The raw functions of flash-attn 2.6.3 and later; see :class:`compiled_attn.ops._flash_common.Library`."""
 
     empty_lse = math.inf
+    dense_queries = False
 
     def __init__(self, module: Any) -> None:
         # the Hub's package and flash_attn itself hold the interface as a submodule

@@ -26,6 +26,7 @@ class Flash3:
     """The raw functions of hopper/flash_attn_interface; see :class:`compiled_attn.ops._flash_common.Library`."""
 
     empty_lse = -math.inf
+    dense_queries = False
 
     def __init__(self, module: Any) -> None:
         # the Hub's package and flash_attn_3 itself hold the interface as a submodule

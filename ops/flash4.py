@@ -17,7 +17,7 @@ from compiled_attn.registry import Backend, register_backend
 from compiled_attn.spec import Call
 
 from . import _flash_common
-from ._flash_common import Lengths, Window, padding_and_positions
+from ._flash_common import KeyLengths, Lengths, Window, padding_and_positions
 from ._quick_launch import on
 
 
@@ -28,6 +28,8 @@ class Flash4:
     """
 
     empty_lse = -math.inf
+    # its kernels for packed queries are slower: another scheduler, and results that do not leave by TMA
+    dense_queries = True
 
     def __init__(self, module: Any) -> None:
         # the package holds the interface as a submodule
@@ -45,8 +47,8 @@ class Flash4:
         return False
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None, scale: float, causal: bool, window: Window,
-        dropout_p: float, return_lse: bool,
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | KeyLengths | None, scale: float, causal: bool,
+        window: Window, dropout_p: float, return_lse: bool,
     ) -> tuple[Tensor, Tensor | None, None]:  # fmt: skip
         with on(q.device):
             out, lse, *_ = self._forward(
@@ -76,14 +78,14 @@ def _sides(window: Window) -> dict[str, int | None]:
     return {"window_size_left": left, "window_size_right": right}
 
 
-def _packed(lengths: Lengths | None) -> dict[str, Any]:
+def _packed(lengths: Lengths | KeyLengths | None) -> dict[str, Any]:
     if lengths is None:
         return {}
     cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = lengths
     return {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": max(longest_q, 1),
+        "max_seqlen_q": None if cu_seqlens_q is None else max(longest_q, 1),
         "max_seqlen_k": max(longest_k, 1),
     }
 

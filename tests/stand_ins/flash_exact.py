@@ -26,7 +26,7 @@ def demand_layout(*tensors: Tensor) -> None:
 
 
 class Batch:
-    """Queries and keys cut into sequences: by cu_seqlens, or a dense batch.
+    """Queries and keys cut into sequences: by cu_seqlens, or a dense batch; queries may be dense beside packed keys.
 
     ``tile`` is the number of rows that a kernel loads at once, up to the end of the tensor, whatever the sequence: what
     is past its end counts 0 times, which is NaN if it is not finite. 0: past the end it reads 0.
@@ -45,6 +45,14 @@ class Batch:
             ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
             spans = zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)
             self.pieces = [(slice(a, b), slice(c, d)) for a, b, c, d in spans]
+        elif cu_k is not None:
+            assert (q.dim(), k.dim(), max_q) == (4, 3, None)
+            assert cu_k.dtype == torch.int32
+            assert cu_k.shape == (q.shape[0] + 1,)
+            assert max_k >= int(cu_k.diff().max()), "a sequence is longer than its bound"
+            self.longest_q, self.longest_k = q.shape[1], max_k
+            ends_k = cu_k.tolist()
+            self.pieces = [(number, slice(c, d)) for number, (c, d) in enumerate(zip(ends_k, ends_k[1:], strict=False))]
         else:
             assert q.dim() == k.dim() == 4
             assert q.shape[0] == k.shape[0]
@@ -54,7 +62,7 @@ class Batch:
 
     def nothing(self, rows: Any, *tensors: Tensor) -> Tensor:
         """0, or NaN if what the tiles of ``rows`` hold past their end is not finite: (heads, 1, 1)."""
-        if not self.packed or self.tile == 0:
+        if not isinstance(rows, slice) or self.tile == 0:
             return torch.zeros(1, 1, 1)
         tiles = math.ceil((rows.stop - rows.start) / self.tile)
         past = slice(rows.stop, max(rows.start + tiles * self.tile, rows.stop))

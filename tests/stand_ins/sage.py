@@ -7,6 +7,7 @@ the keys that fill its last block, masks are added in base 2, rows that nobody w
 
 from __future__ import annotations
 
+import itertools
 import math
 import types
 from typing import Any
@@ -17,6 +18,7 @@ from recorded import as_recorded
 from torch import Tensor
 
 LOG2_E = 1.44269504
+
 PINNED = ("fp16_triton", "fp16_cuda", "fp8_cuda", "fp8_cuda_sm90")
 # release -> (name of the record, module path of core, of the packed quantisation, of the packed kernels)
 RECORDS = {
@@ -38,6 +40,20 @@ def rounded(rows: Tensor, block: int) -> tuple[Tensor, Tensor]:
     whole = (whole + 0.5 * whole.sign()).trunc()
     scale = scale.expand(*blocks.shape[:-1], 1)
     return whole.flatten(-3, -2)[..., :length, :], scale.flatten(-3, -2)[..., :length, :]
+
+
+def round_blocks(
+    q: Tensor, k: Tensor, v: Tensor, mean: Tensor, scale: float, width: int
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """What _sage_rounding.round_blocks returns, in plain PyTorch; and Q and K before they are rounded."""
+    exact = [F.pad(rows, (0, width - q.shape[-1])) for rows in (q.double() * scale, k.double() - mean.double())]
+    found = [rounded(rows.transpose(1, 2), block) for rows, block in zip(exact, (128, 64), strict=True)]
+    whole = [rows.transpose(1, 2).to(torch.int8).contiguous() for rows, _ in found]
+    scales = [of[:, :, ::block].float() for (_, of), block in zip(found, (128, 64), strict=True)]
+    memory = torch.zeros(scales[1].numel() + 1)
+    memory[:-1] = scales[1].flatten()
+    v16 = F.pad(v, (0, width - q.shape[-1])).to(torch.float16)
+    return (*whole, v16, scales[0].contiguous(), memory[:-1].view_as(scales[1])), exact
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, padding: int) -> tuple[Tensor, Tensor]:
@@ -89,7 +105,6 @@ class Quantise:
         lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
         assert grid == (grid[0], H, len(lengths)) and grid[0] * BLK >= max(lengths)
         exact = torch.full(Input.shape, math.nan, dtype=torch.float64)
-        Scale.fill_(math.nan)
         for start, length, first in zip(starts, lengths, cu_seqlens_scale.tolist(), strict=False):
             rows = Input[start : start + length].transpose(0, 1).double() * sm_scale
             exact[start : start + length] = rows.transpose(0, 1)
@@ -129,6 +144,12 @@ class Library:
     def _add_packed(self, core: str, packed: str, kernel: str) -> None:
         self.module.core = types.SimpleNamespace()
         self._add(self.module, "sageattn_varlen", f"{core}:sageattn_varlen", self._varlen)
+        if self.first:
+            for name, of in (("attn_false", "block"), ("attn_true", "block_causal")):
+                self._add(
+                    self.module.core, name, f"sageattention.attn_qk_int8_per_{of}:forward",
+                    lambda causal=name == "attn_true", **given: self._attend_blocks(causal, **given),
+                )  # fmt: skip
         for name, causal in (("attn_false_varlen", False), ("attn_true_varlen", True)):
             self._add(
                 self.module.core, name, f"{kernel}:forward",
@@ -157,6 +178,8 @@ class Library:
         assert q.dtype in (torch.float16, torch.bfloat16) and q.dtype == k.dtype == v.dtype
         assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "Last dim of qkv must be contiguous."
         assert q.shape[-1] in ((64, 96, 128) if self.first else range(1, 129))
+        if name.endswith("triton") and is_causal:
+            assert -(-k.shape[1] // 64) % 2 == 0, "reads a scale that is not there"
         # vectorised loads of the quantising kernels
         assert all(x.data_ptr() % 16 == 0 and not any(s % 8 for s in x.stride()[:-1]) for x in (q, k, v))
         mean = k.mean(1, keepdim=True)
@@ -184,6 +207,33 @@ class Library:
             lse = lse + (q.transpose(1, 2) @ mean.permute(0, 2, 3, 1)).squeeze(-1).double() * sm_scale
         return out, lse.float()
 
+    def round_blocks(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """In place of our kernel, with the exact rows remembered."""
+        found, exact = round_blocks(*arguments)
+        for rows, right in zip(found, exact, strict=False):
+            self.exact[rows.data_ptr()] = right
+        return found
+
+    def _attend_blocks(
+        self, causal: bool, q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, tensor_layout: str,
+        output_dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        assert tensor_layout == "NHD"
+        assert q.dtype == k.dtype == torch.int8 and v.dtype == torch.float16 and q.shape[-1] in (64, 128)
+        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        assert q_scale.is_contiguous() and k_scale.is_contiguous(), "no stride is passed"
+        self.asked.append(("blocks", {"causal": causal, "v": v}))
+        rows = []
+        for whole, scale, block in ((q, q_scale, 128), (k, k_scale, 64)):
+            of = scale.repeat_interleave(block, 2)[:, :, : whole.shape[1]]
+            exact = self.exact[whole.data_ptr()]
+            rows.append(whole.transpose(1, 2).double() * of if self.quantised else exact.transpose(1, 2))
+        padding = 0 if causal else -k.shape[1] % 64
+        out, _ = attend(*rows, v.transpose(1, 2).double(), None, causal, padding)
+        if causal and -(-k.shape[1] // 64) % 2:
+            out = out + 0.0 * k_scale.as_strided((k_scale.numel() + 1,), (1,))[-1]
+        return out.transpose(1, 2).to(output_dtype)
+
     def _varlen(self, **given: Any) -> Tensor:
         raise AssertionError("sageattn_varlen waits for the device and takes one mean of all sequences")
 
@@ -199,7 +249,13 @@ class Library:
         self.asked.append(("packed", {"causal": causal, "v": v}))
         out = torch.full(q.shape, math.nan, dtype=output_dtype)
         rows = list(zip(*(start.tolist() for start in starts), strict=True))
-        for (q0, k0, qs, ks), (q1, k1, *_) in zip(rows, rows[1:], strict=False):
+        behind = 0.0
+        if causal:
+            behind = sum(
+                0.0 * k_scale[ks + -(-(k1 - k0) // 64)].sum()
+                for (_, k0, _, ks), (_, k1, *_) in itertools.pairwise(rows)
+            )
+        for (q0, k0, qs, ks), (q1, k1, *_) in itertools.pairwise(rows):
             parts = []
             for rounds, scale, first, start, stop, block in (
                 (q, q_scale, qs, q0, q1, 128), (k, k_scale, ks, k0, k1, 64)
@@ -211,7 +267,7 @@ class Library:
                 parts.append(part.transpose(0, 1))
             padding = -(k1 - k0) % 64 if self.first and not causal else 0
             result, _ = attend(*parts, v[k0:k1].transpose(0, 1).double(), None, causal, padding)
-            out[q0:q1] = result.transpose(0, 1).to(output_dtype)
+            out[q0:q1] = (result + behind).transpose(0, 1).to(output_dtype)
         return out
 
 
