@@ -1,8 +1,8 @@
 """Compiles the Triton kernels, as shipped, for GPUs that are not here, and prints what ptxas made of them.
 
 A program of its own: ``python cross_compiled.py sm_80,sm_90 64,128 plain,packed`` prints one JSON object, case to
-findings; a fourth argument names the kernels (``hopper``: the Gluon one). No GPU is needed: triton brings ptxas and
-cuobjdump, and LLVM for AMD.
+findings; a fourth argument names the kernels (``hopper``: the Gluon one; ``helpers``: what packs and rounds for other
+libraries, in all its variants). No GPU is needed: triton brings ptxas and cuobjdump, and LLVM for AMD.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from triton.backends.nvidia import compiler as nvidia_compiler
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from compiled_attn.ops import _hopper_launch, _triton_launch
+from compiled_attn.ops import _hopper_launch, _packing_kernels, _sage_rounding, _triton_launch
 from compiled_attn.ops._triton_configs import KINDS, Config, choose, parts
 
 TARGETS = {
@@ -53,6 +53,20 @@ HOPPER: dict[str, dict[str, Any]] = {
     "listed": {"LISTED": True},
     "window": {"LEFT": True, "RIGHT": True, "LOWER_RIGHT": True, "VARLEN": True},
 }
+# Kernels that serve other libraries, and what they are compiled for beside the width
+HELPERS: list[tuple[Any, dict[str, Any], int]] = [
+    (_packing_kernels.place_keys, {"BLOCK": 4096}, 16),
+    (_packing_kernels.pack_rows, {"UNIT": 8, "BLOCK": 64}, 4),
+    (_sage_rounding.round_dense, {"UNIT": 8, "BLOCK_Q": 128, "BLOCK_K": 64}, 8),
+    (_sage_rounding.round_packed, {"UNIT": 8, "BLOCK_Q": 128, "BLOCK_K": 64, "GATHER": True}, 8),
+    (_sage_rounding.round_packed, {"UNIT": 1, "BLOCK_Q": 128, "BLOCK_K": 64, "GATHER": False}, 8),
+    (_sage_rounding.sum_keys, {"UNIT": 8, "ROWS": 256, "BLOCK": 64}, 4),
+]
+POINTERS = {
+    "Keep": "*i1", "Q8": "*i8", "K8": "*i8", "V16": "*fp16", "Mean": "*fp32", "Sums": "*fp32", "ScaleQ": "*fp32",
+    "ScaleK": "*fp32", "BlocksQ": "*i64", "BlocksK": "*i64",
+}  # fmt: skip
+ROWS_OF = ("Q", "K", "V", "PackedK", "PackedV")
 FLAGS = ("LEFT", "RIGHT", "LOWER_RIGHT", "GATHER", "VARLEN")
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -117,6 +131,24 @@ def hopper(head_dim: int, variant: str) -> tuple[Any, Any]:
             signature[name] = "fp32" if name == "scale" else "i32"
     source = GluonASTSource(kernel, signature, constants, {})
     return triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": 4}), config
+
+
+def helper(kernel: Any, more: dict[str, Any], warps: int, head_dim: int, target: str) -> Any:
+    """One of HELPERS, for bfloat16 rows that start at multiples of 16 bytes."""
+    width = 1 << (head_dim - 1).bit_length()
+    widths = {"D": head_dim, "D_K": head_dim, "D_V": head_dim, "WIDTH": width, "WIDTH_K": width, "WIDTH_V": width}
+    constants = {**more, **{name: value for name, value in widths.items() if name in kernel.arg_names}}
+    signature, aligned = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name[0].isupper():
+            signature[name] = "*bf16" if name in ROWS_OF else POINTERS.get(name, "*i32")
+            aligned[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
 
 
 def beside_the_product(code: str) -> list[tuple[int, int]]:
@@ -213,6 +245,14 @@ def main(targets: list[str], widths: list[int], variants: list[str], kinds: list
     found = {}
     for target in targets:
         for head_dim in widths:
+            if kinds == ["helpers"]:
+                for number, (function, more, warps) in enumerate(HELPERS):
+                    built = helper(function, more, warps, head_dim, target)
+                    report = nvidia(built, target)
+                    report["scratch"] = getattr(built.metadata, "global_scratch_size", 0)
+                    report["shared"] = built.metadata.shared
+                    found[f"{target} {function.__name__} {number} {head_dim}"] = report
+                continue
             for kind in kinds:
                 for variant in variants:
                     if kind == "hopper":

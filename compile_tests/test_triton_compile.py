@@ -64,6 +64,13 @@ def test_shipped_configurations(target, width):
 
 
 @needs_triton
+def test_kernels_that_pack_and_round_for_other_libraries():
+    found = printed("cross_compiled.py", "sm_80,sm_90,sm_100", "40,128", "plain", "helpers")
+    verify(found)
+    assert len(found) == 6 * 6
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("width", ["64", "72", "96", "128"])
 def test_shipped_configurations_in_every_variant_on_hopper(width):

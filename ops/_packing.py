@@ -19,31 +19,32 @@ _PLACE_BLOCK, _ROW_BLOCK = 4096, 64
 class Packing:
     """Where the real keys of a batch go: ``key_padding`` (B, Sk) bool. ``cu_seqlens`` is int32 (B + 1,).
 
-    Memory for K and V once more, no host sync. Rows behind the last real key hold that one again (masks.packing).
+    ``source`` is masks.packing's. Memory for K and V once more, no host sync. Rows behind the last real key hold that
+    one again.
     """
 
     def __init__(self, key_padding: Tensor) -> None:
         self.batch, self.length = key_padding.shape
         self._kernels = _kernels(key_padding.device) if key_padding.numel() else None
         if self._kernels is None:
-            self._source, self._target, self.cu_seqlens = masks.packing(key_padding)
+            self.source, self._target, self.cu_seqlens = masks.packing(key_padding)
             return
         total, device = self.batch * self.length, key_padding.device
-        self._source, self._target, self.cu_seqlens = (
+        self.source, self._target, self.cu_seqlens = (
             torch.empty(size, dtype=torch.int32, device=device) for size in (total, total, self.batch + 1)
         )
         quick, kernels = self._kernels
         with quick.on(device):
             quick.launch(
                 kernels.place_keys, (-(-total // _PLACE_BLOCK), 1, 1),
-                (key_padding, self._source, self._target, self.cu_seqlens, *key_padding.stride(), *key_padding.shape),
+                (key_padding, self.source, self._target, self.cu_seqlens, *key_padding.stride(), *key_padding.shape),
                 {"BLOCK": _PLACE_BLOCK}, 16, device.index,
             )  # fmt: skip
 
     def pack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """K and V (B, Sk, H, D), any strides, as (B * Sk, H, D)."""
         if self._kernels is None:
-            return k.flatten(0, 1).index_select(0, self._source), v.flatten(0, 1).index_select(0, self._source)
+            return k.flatten(0, 1).index_select(0, self.source), v.flatten(0, 1).index_select(0, self.source)
         heads, total = k.shape[2], self.batch * self.length
         k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (k, v))
         packed = [tensor.new_empty((total, heads, tensor.shape[3])) for tensor in (k, v)]
@@ -54,7 +55,7 @@ class Packing:
         with quick.on(k.device):
             quick.launch(
                 kernels.pack_rows, (-(-total // _ROW_BLOCK) * heads, 1, 1),
-                (k, v, *packed, self._source, *(stride // unit for stride in strides), heads, self.length, total),
+                (k, v, *packed, self.source, *(stride // unit for stride in strides), heads, self.length, total),
                 {
                     "D_K": widths[0], "D_V": widths[1], "WIDTH_K": _power(widths[0]), "WIDTH_V": _power(widths[1]),
                     "UNIT": unit, "BLOCK": _ROW_BLOCK,

@@ -68,7 +68,10 @@ def varlen_kernels(package: Any) -> Kernels:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         starts = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()  # Triton gets a pointer, and no stride
         with on(q.device):
-            out = _packed(library, q, k, v, *starts, max_seqlen_q, max_seqlen_k, bool(causal & CAUSAL), scale)
+            out = _packed(
+                library, q, k, v, means_packed(k, starts[1]), None, *starts, max_seqlen_q, max_seqlen_k,
+                bool(causal & CAUSAL), scale,
+            )  # fmt: skip
             return masks.clear_behind(out, cu_seqlens_q), None, None
 
     return Kernels(forward)
@@ -136,8 +139,8 @@ def _dense(
     width, length = q.shape[-1], k.shape[1]
     if is_causal and -(-length // BLOCK_K) % 2 and library.by_triton(capability_of(q)):
         # It reads blocks of keys in pairs, and so a scale behind the last one, see _sage_rounding.round_blocks.
-        filled = [F.pad(tensor, (0, 0, 0, 0, 0, -length % (2 * BLOCK_K))) for tensor in (q, k, v)]
-        out, lse, _ = _dense(library, *filled, mask, is_causal, scale, return_lse)
+        q, k, v = (F.pad(tensor, (0, 0, 0, 0, 0, -length % (2 * BLOCK_K))) for tensor in (q, k, v))
+        out, lse, _ = _dense(library, q, k, v, mask, is_causal, scale, return_lse)
         return out[:, :length], None if lse is None else lse[..., :length], None
     mean = None
     # 2.x subtracts the mean of K while it quantises, which costs nothing. Its lse, however, is put right by a product
@@ -175,7 +178,7 @@ def _by_blocks(
 ) -> Tensor:
     """1.x by the kernels below its entry, which changes the caller's K in place, and reads behind its scales."""
     mean = k.mean(1, keepdim=True)  # sums in float32, whatever K is
-    q8, k8, v16, q_scale, k_scale = _rounded(q, k, v, mean, scale * LOG2_E, _width(q.shape[-1]))
+    q8, k8, v16, q_scale, k_scale = _rounding().dense(q, k, v, mean, scale * LOG2_E, _width(q.shape[-1]))
     attend = library.causal if is_causal else library.full
 
     def run(value: Tensor) -> Tensor:
@@ -187,10 +190,10 @@ def _by_blocks(
     return fit(out, q.shape[-1])
 
 
-def _rounded(*arguments: Any) -> tuple[Tensor, ...]:
-    from ._sage_rounding import round_blocks  # imports triton, as the library does
+def _rounding() -> Any:
+    from . import _sage_rounding  # imports triton, as the library does
 
-    return round_blocks(*arguments)
+    return _sage_rounding
 
 
 def _without_padding(out: Tensor, share: Tensor) -> Tensor:
@@ -227,57 +230,47 @@ def _masked(
 def _flattened(
     library: Packed, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
-    """Dense attention by the packed kernels: (B, Sq, H, D). Of masked keys nothing is left in the packed ones."""
-    packed = PackedBatch(q, k, key_padding)
-    key, value = packed.keys(k, v)
-    return _packed(library, q.flatten(0, 1), key, value, *packed.lengths, is_causal, scale).unflatten(0, q.shape[:2])
+    """Dense attention by the packed kernels: (B, Sq, H, D). Masked keys are left out while K and V are rounded."""
+    batch = PackedBatch(q, k, key_padding)
+    if batch.packing is None:
+        mean, source = k.mean(1), None
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+    else:
+        mean, source = _rounding().mean_of_real(k, key_padding), batch.packing.source
+    out = _packed(library, q.flatten(0, 1), k, v, mean, source, *batch.lengths, is_causal, scale)
+    return out.unflatten(0, q.shape[:2])
 
 
 def _packed(
-    library: Packed, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-    max_seqlen_k: int, is_causal: bool, scale: float,
+    library: Packed, q: Tensor, k: Tensor, v: Tensor, mean: Tensor, source: Tensor | None, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, is_causal: bool, scale: float,
 ) -> Tensor:  # fmt: skip
-    """(Tq, H, D); rows behind the last sequence are whatever was in memory.
+    """(Tq, H, D); rows behind the last sequence are whatever was in memory. K and V: see _sage_rounding.packed.
 
     The library's own entry waits for the device to learn how many scales there are (CUDA graphs refuse that) and
     subtracts one mean of K from all sequences. Below it lie these kernels.
     """
-    width = q.shape[-1]
-    q, k, v = _widened(q, smoothed_packed(k, cu_seqlens_k), v)
-    q8, q_scale, q_starts = _quantised(library, q, cu_seqlens_q, max_seqlen_q, scale * LOG2_E, BLOCK_Q)
-    k8, k_scale, k_starts = _quantised(library, k, cu_seqlens_k, max_seqlen_k, 1.0, BLOCK_K)
+    starts = cu_seqlens_q, cu_seqlens_k
+    blocks = _blocks(cu_seqlens_q, BLOCK_Q), _blocks(cu_seqlens_k, BLOCK_K)
+    longest = max_seqlen_q, max_seqlen_k
+    q8, k8, v16, q_scale, k_scale = _rounding().packed(
+        q, k, v, mean, source, starts, blocks, longest, scale * LOG2_E, _width(q.shape[-1])
+    )
     attend = library.causal if is_causal else library.full
 
     def run(value: Tensor, dtype: torch.dtype) -> Tensor:
-        return attend(
-            q8, k8, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, q_scale, k_scale, q_starts, k_starts,
-            output_dtype=dtype,
-        )  # fmt: skip
+        return attend(q8, k8, value, *starts, max_seqlen_q, q_scale, k_scale, *blocks, output_dtype=dtype)
 
-    out = run(v.to(torch.float16), q.dtype)
+    out = run(v16, q.dtype)
     if library.counts_padding and not is_causal:
         # Whether a sequence fills its last block is known on the device alone.
-        out = _without_padding(out, run(torch.ones_like(v, dtype=torch.float16), torch.float32))
-    return fit(out, width)
+        out = _without_padding(out, run(torch.ones_like(v16), torch.float32))
+    return fit(out, q.shape[-1])
 
 
-def _quantised(
-    library: Packed, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, block: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 rows, one scale for each head and ``block`` rows of a sequence, and where the scales of a sequence start."""
-    total, heads, width = rows.shape
-    sequences = cu_seqlens.shape[0] - 1
-    blocks = (cu_seqlens.diff() + (block - 1)) // block
-    starts = F.pad(blocks.cumsum(0), (1, 0))
-    rounded = torch.empty_like(rows, dtype=torch.int8, memory_format=torch.contiguous_format)
-    # No more than this many, whatever the lengths are: nobody waits for them. One more than there may be, and no NaN
-    # in those that nobody writes: the causal kernels read them, see _sage_rounding.round_blocks.
-    scales = torch.zeros((total // block + sequences + 1, heads), dtype=torch.float32, device=rows.device)
-    library.quantise[((max_seqlen + block - 1) // block, heads, sequences)](
-        rows, rounded, scales, cu_seqlens, starts, rows.stride(1), rows.stride(0), rounded.stride(1),
-        rounded.stride(0), sm_scale=scale, H=heads, C=width, BLK=block,
-    )  # fmt: skip
-    return rounded, scales, starts
+def _blocks(cu_seqlens: Tensor, block: int) -> Tensor:
+    """cu_seqlens of blocks of rows, (N + 1,): where the scales of a sequence start."""
+    return F.pad(((cu_seqlens.diff() + (block - 1)) // block).cumsum(0), (1, 0))
 
 
 def smoothed(k: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,12 +279,12 @@ def smoothed(k: Tensor) -> tuple[Tensor, Tensor]:
     return k - mean, mean
 
 
-def smoothed_packed(k: Tensor, cu_seqlens_k: Tensor) -> Tensor:
-    """Packed K (Tk, Hk, D) less the mean of each sequence.
+def means_packed(k: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+    """Means of the sequences of packed K (Tk, Hk, D): (N, Hk, D).
 
     One mean of the whole batch, as the library takes it, leaves in the int8 scales what sequences differ by: with keys
-    of unit variance round -2 and 2 the error is 1.3 times as large, round -8 and 8 2.3 times (tests/test_sage.py). By
-    matrix products: atomic additions of 100k rows to a few are slow and differ from run to run.
+    of unit variance round -2 and 2 the error is 1.3 times as large, round -8 and 8 2.3 times (tests/test_sage.py). By a
+    matrix product: atomic additions of 100k rows to a few are slow and differ from run to run.
     """
     sequences = cu_seqlens_k.shape[0] - 1
     rows = k.flatten(1)
@@ -300,8 +293,7 @@ def smoothed_packed(k: Tensor, cu_seqlens_k: Tensor) -> Tensor:
     # what lies behind the last sequence may be NaN, and 0 * NaN is NaN
     real = rows.masked_fill((of == sequences)[:, None], 0.0)
     lengths = cu_seqlens_k.diff().clamp(min=1)
-    means = (member / lengths).to(k.dtype).T @ real
-    return torch.addmm(rows, member.to(k.dtype), means, alpha=-1).unflatten(1, k.shape[1:])
+    return ((member / lengths).to(k.dtype).T @ real).unflatten(1, k.shape[1:])
 
 
 def shift(q: Tensor, mean: Tensor, scale: float) -> Tensor:

@@ -95,7 +95,6 @@ class Blocks(NamedTuple):
 class Packed(NamedTuple):
     """The kernels below ``sageattn_varlen``."""
 
-    quantise: Any
     full: Callable[..., Tensor]
     causal: Callable[..., Tensor]
     counts_padding: bool
@@ -156,24 +155,16 @@ def bind_packed(module: Any) -> Packed:
     )  # fmt: skip
     full = require(module, "core.attn_false_varlen", *arguments)
     causal = require(module, "core.attn_true_varlen", *arguments)
-    quantise = None
     for name in ("per_block_int8_varlen_triton", "per_block_int8_varlen"):  # 2.x, 1.x
         around = getattr(module.core, name, None)
         if around is not None:
-            blocks = tuple(inspect.signature(around).parameters[side].default for side in ("BLKQ", "BLKK"))
-            if blocks != (BLOCK_Q, BLOCK_K):
-                raise Unfit(f"quantises blocks of {blocks} rows, not {(BLOCK_Q, BLOCK_K)}")
-            quantise = inspect.unwrap(around).__globals__.get("quant_per_block_int8_kernel")
             break
-    if quantise is None:
-        raise Unfit("has no quant_per_block_int8_kernel for packed sequences")
-    wanted = [
-        "Input", "Output", "Scale", "cu_seqlens_input", "cu_seqlens_scale", "stride_ih", "stride_in", "stride_oh",
-        "stride_on", "sm_scale", "H", "C", "BLK",
-    ]  # fmt: skip
-    if list(quantise.arg_names) != wanted:
-        raise Unfit(f"quant_per_block_int8_kernel takes {', '.join(quantise.arg_names)}")
-    return Packed(quantise, full, causal, _counts_padding(module))
+    else:
+        raise Unfit("has no per_block_int8_varlen, which says how many rows share a scale")
+    blocks = tuple(inspect.signature(around).parameters[side].default for side in ("BLKQ", "BLKK"))
+    if blocks != (BLOCK_Q, BLOCK_K):
+        raise Unfit(f"quantises blocks of {blocks} rows, not {(BLOCK_Q, BLOCK_K)}")
+    return Packed(full, causal, _counts_padding(module))
 
 
 def _counts_padding(module: Any) -> bool:

@@ -51,7 +51,7 @@ def wrong(shape: tuple[int, int], mask: str, layout: str) -> str:
     packing = _packing.Packing(keep)
     source, target, cu_seqlens = masks.packing(keep)
     for what, got, right in (
-        ("source", packing._source, source), ("target", packing._target, target),
+        ("source", packing.source, source), ("target", packing._target, target),
         ("cu_seqlens", packing.cu_seqlens, cu_seqlens),
     ):  # fmt: skip
         if not torch.equal(got, right):

@@ -1,4 +1,4 @@
-"""The kernel of ops/_sage_rounding.py in Triton's interpreter, against plain PyTorch; prints JSON.
+"""The kernels of ops/_sage_rounding.py in Triton's interpreter, against plain PyTorch; prints JSON.
 
 A program of its own, started with TRITON_INTERPRET=1 by ``test_sage.py``, which takes the names of the cases from it.
 """
@@ -8,14 +8,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from typing import Any
 
 import torch
 from matrix import far_apart
-from stand_ins import sage
+from stand_ins.sage import Rounding
+
+from compiled_attn import masks
 
 # B, Sq, Sk, H, Hk, D
 SHAPES = (
-    (1, 1, 1, 1, 1, 64), (2, 17, 33, 2, 2, 64), (1, 129, 64, 4, 2, 40), (2, 128, 130, 2, 1, 128), (1, 5, 65, 2, 2, 13),
+    (1, 1, 1, 1, 1, 64), (2, 17, 33, 2, 2, 64), (1, 129, 64, 4, 2, 40), (2, 128, 330, 2, 1, 128), (3, 5, 65, 2, 2, 13),
 )  # fmt: skip
 LAYOUTS = ("contiguous", "transposed", "qkv_slice", "strided_width", "far_batches", "zeros")
 CASES = tuple("-".join(map(str, case)) for case in itertools.product(SHAPES, LAYOUTS))
@@ -40,41 +43,87 @@ def tensors(shape: tuple[int, ...], layout: str) -> list[torch.Tensor]:
     return made
 
 
-def wrong(got: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...]) -> str:
-    """What tells the results of two round_blocks apart; a number at the edge of two may go either way."""
+def wrong(got: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...], rows: tuple[Any, Any]) -> str:
+    """What tells two results apart, in ``rows`` of Q and of K; a number at the edge of two may go either way."""
     names = ("int8 of Q", "int8 of K", "V", "scales of Q", "scales of K")
-    for name, one, other in zip(names, got, right, strict=True):
+    parts = (rows[0], rows[1], rows[1], ..., ...)
+    for name, one, other, part in zip(names, got, right, parts, strict=True):
         if (one.dtype, one.shape, one.is_contiguous()) != (other.dtype, other.shape, True):
-            return f"{name}: {one.dtype} {tuple(one.shape)}"
+            return f"{name}: {one.dtype} {tuple(one.shape)}, not {tuple(other.shape)}"
+        one, other = one[part], other[part]
         off = (one.double() - other.double()).abs()
         if one.dtype == torch.int8:
             if (off > 1).any() or (off > 0).double().mean() > 0.01:
                 return f"{name}: {int((off > 0).sum())} of {off.numel()} differ, by up to {off.max()}"
         elif (off > 1e-6 + 1e-5 * other.double().abs()).any() or not bool(one.isfinite().all()):
             return f"{name}: off by {off.max()}"
-    behind = got[-1].as_strided((got[-1].numel() + 1,), (1,))[-1]
-    return "" if behind == 0 else "no 0 behind the scales of K"
+    return ""
 
 
-def check(shape: tuple[int, ...], layout: str) -> str:
-    from compiled_attn.ops import _sage_rounding
-
+def check(rounding: Any, shape: tuple[int, ...], layout: str, device: str, dtype: torch.dtype) -> str:
+    """What is wrong with ``rounding``: dense, packed by a mask with holes, and packed as it is."""
     torch.manual_seed(0)
-    q, k, v = tensors(shape, layout)
+    q, k, v = (tensor.to(dtype) if tensor.dtype != dtype else tensor for tensor in tensors(shape, layout))
+    batch, q_length, k_length = shape[:3]
     width = 64 if shape[-1] <= 64 else 128
-    arguments = (q, k, v, k.mean(1, keepdim=True), 0.3, width)
-    return wrong(_sage_rounding.round_blocks(*arguments), sage.round_blocks(*arguments)[0])
+
+    def both(name: str, *given: Any) -> tuple[Any, Any]:
+        moved = [
+            tuple(one.to(device) if isinstance(one, torch.Tensor) else one for one in each)
+            if isinstance(each, tuple) else each.to(device) if isinstance(each, torch.Tensor) else each
+            for each in given
+        ]  # fmt: skip
+        found = getattr(rounding, name)(*moved)
+        return found, getattr(Rounding(), name)(*given)
+
+    found, right = both("dense", q, k, v, k.mean(1, keepdim=True), 0.3, width)
+    if found[4].as_strided((found[4].numel() + 1,), (1,))[-1] != 0:
+        return "no 0 behind the scales of K"
+    fault = wrong(tuple(one.cpu() for one in found), right, (..., ...))
+    if fault:
+        return f"dense: {fault}"
+
+    keep = torch.rand(batch, k_length) > 0.4
+    keep[-1:] &= batch == 1  # of several, one has no key
+    clean, dirty = k, k.masked_fill(~keep[:, :, None, None], math.nan)
+    mean, expected = both("mean_of_real", dirty, keep)
+    if not torch.allclose(mean.cpu(), expected, rtol=1e-4, atol=1e-4):
+        return f"mean: off by {(mean.cpu() - expected).abs().max()}"
+    source, _, starts_k = masks.packing(keep)
+    starts_q = masks.dense_cu_seqlens(batch, q_length, q.device)
+    starts = starts_q, starts_k
+    blocks = tuple(
+        torch.nn.functional.pad((-(-cuts.diff() // block)).cumsum(0), (1, 0))
+        for cuts, block in zip(starts, (128, 64), strict=True)
+    )
+    longest = q_length, k_length
+    real = int(starts_k[-1])
+    for name, keys, values, of in (
+        ("gathered", dirty if layout != "far_batches" else clean, v, source),
+        ("packed", clean.flatten(0, 1), v.flatten(0, 1), None),
+    ):
+        given = (q.flatten(0, 1), keys, values, expected, of, starts, blocks, longest, 0.3, width)
+        found, right = both("packed", *given)
+        fault = wrong(tuple(one.cpu() for one in found), right, (..., slice(0, real)))
+        if fault:
+            return f"{name}: {fault}"
+    return ""
 
 
 def main() -> None:
+    from compiled_attn.ops import _sage_rounding
+
     empty = torch.empty
 
     def poisoned(*sizes: int, dtype: torch.dtype, **options: object) -> torch.Tensor:
         return empty(*sizes, dtype=dtype, **options).fill_(math.nan if dtype.is_floating_point else -7)  # type: ignore[call-overload,no-any-return]
 
-    torch.empty = poisoned  # type: ignore[assignment]
-    cases = itertools.product(SHAPES, LAYOUTS)
-    print(json.dumps({name: check(*case) for name, case in zip(CASES, cases, strict=True)}))
+    found = {}
+    for name, (shape, layout) in zip(CASES, itertools.product(SHAPES, LAYOUTS), strict=True):
+        torch.empty = poisoned  # type: ignore[assignment]
+        found[name] = check(_sage_rounding, shape, layout, "cpu", torch.float16)
+        torch.empty = empty
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

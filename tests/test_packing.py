@@ -34,7 +34,7 @@ def test_on_a_gpu(shape, mask, layout):
     packing = Packing(keep)
     source, target, cu_seqlens = masks.packing(keep)
     for got, right in zip(
-        (packing._source, packing._target, packing.cu_seqlens), (source, target, cu_seqlens), strict=True
+        (packing.source, packing._target, packing.cu_seqlens), (source, target, cu_seqlens), strict=True
     ):
         torch.testing.assert_close(got, right, rtol=0, atol=0)
     keys = [rows.cuda().bfloat16() for rows in packing_interpreted._keys(*shape, layout)]

@@ -18,7 +18,6 @@ import pytest
 import sage_interpreted
 import torch
 from matrix import assert_as_good, plain, require
-from stand_ins import sage as stand_in
 from stand_ins.sage import Library
 from triton_here import needs_interpreter, needs_triton, run_interpreted
 
@@ -49,7 +48,7 @@ def library(monkeypatch):
         made.module.__spec__ = importlib.util.spec_from_loader("sageattention", loader=None)
         monkeypatch.setitem(sys.modules, "sageattention", made.module)
         monkeypatch.setattr("importlib.metadata.version", lambda name: release)
-        monkeypatch.setattr(_sage_kernels, "_rounded", made.round_blocks)
+        monkeypatch.setattr(_sage_kernels, "_rounding", lambda: made.rounding)
         forget()
         return made
 
@@ -300,9 +299,8 @@ def packed_error(library, mean, ours):
         forward = registry.find("sage_varlen").backend.varlen.forward
         out, *_ = forward(q, k, v, cu_seqlens, cu_seqlens, 64, 64)
     else:  # the library's way, by the same kernels
-        k = k - k.mean(0, keepdim=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("compiled_attn.ops._sage_kernels.smoothed_packed", lambda k, starts: k)
+            patch.setattr(_sage_kernels, "means_packed", lambda k, starts: k.mean(0, keepdim=True).expand(2, -1, -1))
             forward = registry.find("sage_varlen").backend.varlen.forward
             out, *_ = forward(q, k, v, cu_seqlens, cu_seqlens, 64, 64)
     assert made.asked
@@ -692,13 +690,7 @@ def test_gpu_rounding(shape, layout):
     require("sage")
     from compiled_attn.ops import _sage_rounding
 
-    q, k, v = (x.bfloat16() for x in sage_interpreted.tensors(shape, layout))
-    rest = (k.mean(1, keepdim=True), 0.3, 64 if shape[-1] <= 64 else 128)
-    expected, _ = stand_in.round_blocks(q, k, v, *rest)
-    found = _sage_rounding.round_blocks(q.cuda(), k.cuda(), v.cuda(), rest[0].cuda(), *rest[1:])
-    # not one storage, as the last number of K's scales is looked at
-    whole = found[4].as_strided((found[4].numel() + 1,), (1,)).cpu()
-    assert sage_interpreted.wrong((*(x.cpu() for x in found[:4]), whole[:-1].view(found[4].shape)), expected) == ""
+    assert sage_interpreted.check(_sage_rounding, shape, layout, "cuda", torch.bfloat16) == ""
 
 
 @gpu

@@ -71,7 +71,7 @@ LIBRARIES = {
     ),
     "sageattention": Library(
         _functions("sageattention.core", "sageattn", "sageattn_varlen")
-        + _functions("sageattention.quant_per_block_varlen", "per_block_int8", "quant_per_block_int8_kernel")
+        + _functions("sageattention.quant_per_block_varlen", "per_block_int8")
         + _functions("sageattention.attn_qk_int8_per_block", "forward")
         + _functions("sageattention.attn_qk_int8_per_block_causal", "forward")
         + _functions("sageattention.attn_qk_int8_block_varlen", "forward")

@@ -42,18 +42,58 @@ def rounded(rows: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return whole.flatten(-3, -2)[..., :length, :], scale.flatten(-3, -2)[..., :length, :]
 
 
-def round_blocks(
-    q: Tensor, k: Tensor, v: Tensor, mean: Tensor, scale: float, width: int
-) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """What _sage_rounding.round_blocks returns, in plain PyTorch; and Q and K before they are rounded."""
-    exact = [F.pad(rows, (0, width - q.shape[-1])) for rows in (q.double() * scale, k.double() - mean.double())]
-    found = [rounded(rows.transpose(1, 2), block) for rows, block in zip(exact, (128, 64), strict=True)]
-    whole = [rows.transpose(1, 2).to(torch.int8).contiguous() for rows, _ in found]
-    scales = [of[:, :, ::block].float() for (_, of), block in zip(found, (128, 64), strict=True)]
-    memory = torch.zeros(scales[1].numel() + 1)
-    memory[:-1] = scales[1].flatten()
-    v16 = F.pad(v, (0, width - q.shape[-1])).to(torch.float16)
-    return (*whole, v16, scales[0].contiguous(), memory[:-1].view_as(scales[1])), exact
+class Rounding:
+    """_sage_rounding in plain PyTorch, for a CPU. ``exact`` has Q and K before they were rounded, by address."""
+
+    def __init__(self) -> None:
+        self.exact: dict[int, Tensor] = {}
+
+    def _round(self, rows: Tensor, block: int, width: int) -> tuple[Tensor, Tensor]:
+        """int8 of (..., S, H, D), and scales (..., H, blocks, 1)."""
+        rows = F.pad(rows, (0, width - rows.shape[-1]))
+        whole, scale = rounded(rows.transpose(-3, -2), block)
+        whole = whole.transpose(-3, -2).to(torch.int8).contiguous()
+        self.exact[whole.data_ptr()] = rows
+        return whole, scale[..., ::block, :].float()
+
+    def dense(
+        self, q: Tensor, k: Tensor, v: Tensor, mean: Tensor, scale: float, width: int
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        q8, q_scale = self._round(q.double() * scale, 128, width)
+        k8, k_scale = self._round(k.double() - mean.double(), 64, width)
+        memory = torch.zeros(k_scale.numel() + 1)
+        memory[:-1] = k_scale.flatten()
+        v16 = F.pad(v, (0, width - v.shape[-1])).to(torch.float16)
+        return q8, k8, v16, q_scale.contiguous(), memory[:-1].view_as(k_scale)
+
+    def packed(
+        self, q: Tensor, k: Tensor, v: Tensor, mean: Tensor, source: Tensor | None, starts: tuple[Tensor, Tensor],
+        blocks: tuple[Tensor, Tensor], longest: tuple[int, int], scale: float, width: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        if source is not None:
+            k, v = (rows.flatten(0, 1)[source] for rows in (k, v))
+        found = []
+        for rows, block, cuts, firsts, most in zip((q, k), (128, 64), starts, blocks, longest, strict=True):
+            sequences = cuts.shape[0] - 1
+            whole = torch.full((*rows.shape[:-1], width), -7, dtype=torch.int8)
+            exact = torch.full((*rows.shape[:-1], width), math.nan, dtype=torch.float64)
+            scales = torch.zeros(rows.shape[0] // block + sequences + 1, rows.shape[1])
+            ends = cuts.tolist()
+            assert sequences == 0 or most >= max(b - a for a, b in itertools.pairwise(ends))
+            for number, (a, b) in enumerate(itertools.pairwise(ends)):
+                part = rows[a:b].double()
+                part = part * scale if rows is q else part - mean[number].double()
+                one, of = self._round(part, block, width)
+                whole[a:b], exact[a:b] = one, self.exact.pop(one.data_ptr())
+                scales[int(firsts[number]) : int(firsts[number]) + of.shape[-2]] = of[..., 0].T
+            self.exact[whole.data_ptr()] = exact
+            found.append((whole, scales))
+        v16 = F.pad(v, (0, width - v.shape[-1])).to(torch.float16)
+        return found[0][0], found[1][0], v16, found[0][1], found[1][1]
+
+    def mean_of_real(self, k: Tensor, key_padding: Tensor) -> Tensor:
+        real = k.float().masked_fill(~key_padding[:, :, None, None], 0.0)
+        return real.sum(1) / key_padding.sum(1).clamp(min=1)[:, None, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, padding: int) -> tuple[Tensor, Tensor]:
@@ -75,54 +115,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, p
     return weights @ v / total, (total.log2() + highest).squeeze(-1)
 
 
-class Quantise:
-    """A Triton kernel, as far as anybody looks: ``arg_names``, and ``kernel[grid](...)``."""
-
-    arg_names = [  # noqa: RUF012
-        "Input", "Output", "Scale", "cu_seqlens_input", "cu_seqlens_scale", "stride_ih", "stride_in", "stride_oh",
-        "stride_on", "sm_scale", "H", "C", "BLK",
-    ]  # fmt: skip
-
-    def __init__(self, library: Library, recorded: str) -> None:
-        self.library, self.recorded = library, recorded
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        record, *_ = RECORDS[self.library.release]
-        return as_recorded(record, f"{self.recorded}:quant_per_block_int8_kernel")(
-            lambda **given: self.run(grid, **given)
-        )
-
-    def run(
-        self, grid: tuple[int, int, int], Input: Tensor, Output: Tensor, Scale: Tensor, cu_seqlens_input: Tensor,
-        cu_seqlens_scale: Tensor, stride_ih: int, stride_in: int, stride_oh: int, stride_on: int, sm_scale: float,
-        H: int, C: int, BLK: int,
-    ) -> None:  # fmt: skip
-        assert (Input.stride(1), Input.stride(0), Input.stride(2)) == (stride_ih, stride_in, 1)
-        assert (Output.stride(1), Output.stride(0), Output.stride(2)) == (stride_oh, stride_on, 1)
-        assert (Input.shape[1], Input.shape[2]) == (H, C)
-        assert cu_seqlens_input.is_contiguous() and cu_seqlens_scale.is_contiguous(), "no stride is passed"
-        starts = cu_seqlens_input.tolist()
-        lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
-        assert grid == (grid[0], H, len(lengths)) and grid[0] * BLK >= max(lengths)
-        exact = torch.full(Input.shape, math.nan, dtype=torch.float64)
-        for start, length, first in zip(starts, lengths, cu_seqlens_scale.tolist(), strict=False):
-            rows = Input[start : start + length].transpose(0, 1).double() * sm_scale
-            exact[start : start + length] = rows.transpose(0, 1)
-            whole, scale = rounded(rows, BLK)
-            Output[start : start + length] = whole.transpose(0, 1).to(torch.int8)
-            blocks = -(-length // BLK)
-            assert first + blocks <= Scale.shape[0], "scales are written behind the end of their memory"
-            Scale[first : first + blocks] = scale[:, ::BLK, 0].T.float()
-        self.library.exact[Output.data_ptr()] = exact
-
-
 class Library:
     """``module`` is what ``import sageattention`` gives. ``asked`` holds (entry, its options) of each call."""
 
     def __init__(self, release: str = "2.2.0", quantised: bool = False, hopper_fault: bool = False) -> None:
         self.release, self.quantised = release, quantised
         self.asked: list[tuple[str, dict[str, Any]]] = []
-        self.exact: dict[int, Tensor] = {}
+        self.rounding = Rounding()
         self.record, core, packed, kernel = RECORDS[release]
         self.module = types.ModuleType("sageattention")
         self.first = release == "1.0.6"
@@ -155,12 +154,8 @@ class Library:
                 self.module.core, name, f"{kernel}:forward",
                 lambda causal=causal, **given: self._attend_packed(causal, **given),
             )  # fmt: skip
-        # its globals are where the kernel is looked for
-        home: dict[str, Any] = {"quant_per_block_int8_kernel": Quantise(self, f"{packed}.quant_per_block_varlen")}
-        signature = "q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, BLKQ=128, BLKK=64, sm_scale=None"
-        exec(f"def per_block_int8({signature}): raise AssertionError('it waits for the device')", home)
         name = "per_block_int8_varlen" if self.first else "per_block_int8_varlen_triton"
-        setattr(self.module.core, name, home["per_block_int8"])
+        self._add(self.module.core, name, f"{packed}.quant_per_block_varlen:per_block_int8", self._varlen)
 
     def _entry(self, name: str) -> Any:
         def call(**given: Any) -> Any:
@@ -207,13 +202,6 @@ class Library:
             lse = lse + (q.transpose(1, 2) @ mean.permute(0, 2, 3, 1)).squeeze(-1).double() * sm_scale
         return out, lse.float()
 
-    def round_blocks(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """In place of our kernel, with the exact rows remembered."""
-        found, exact = round_blocks(*arguments)
-        for rows, right in zip(found, exact, strict=False):
-            self.exact[rows.data_ptr()] = right
-        return found
-
     def _attend_blocks(
         self, causal: bool, q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, tensor_layout: str,
         output_dtype: torch.dtype,
@@ -226,7 +214,7 @@ class Library:
         rows = []
         for whole, scale, block in ((q, q_scale, 128), (k, k_scale, 64)):
             of = scale.repeat_interleave(block, 2)[:, :, : whole.shape[1]]
-            exact = self.exact[whole.data_ptr()]
+            exact = self.rounding.exact[whole.data_ptr()]
             rows.append(whole.transpose(1, 2).double() * of if self.quantised else exact.transpose(1, 2))
         padding = 0 if causal else -k.shape[1] % 64
         out, _ = attend(*rows, v.transpose(1, 2).double(), None, causal, padding)
@@ -263,7 +251,7 @@ class Library:
                 of = first + torch.arange(stop - start) // block
                 part = rounds[start:stop].double() * scale[of].double()[..., None]
                 if not self.quantised:
-                    part = self.exact[rounds.data_ptr()][start:stop]
+                    part = self.rounding.exact[rounds.data_ptr()][start:stop]
                 parts.append(part.transpose(0, 1))
             padding = -(k1 - k0) % 64 if self.first and not causal else 0
             result, _ = attend(*parts, v[k0:k1].transpose(0, 1).double(), None, causal, padding)
