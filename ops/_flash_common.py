@@ -36,7 +36,9 @@ class Library(Protocol):
     """
 
     empty_lse: float  # what it writes for a row with nothing to attend to
-    dense_queries: bool  # whether its forward takes (B, Sq, H, D) queries beside packed keys
+
+    def dense_queries(self, q: Tensor) -> bool:
+        """Whether :meth:`forward` takes (B, Sq, H, D) queries beside packed keys, on the GPU of ``q``."""
 
     def packs(self, q_length: int, k_length: int, window: Window) -> bool:
         """Whether a dense call must go to the packed entry, as the dense one would be wrong."""
@@ -52,6 +54,11 @@ class Library(Protocol):
         scale: float, causal: bool, window: Window, dropout_p: float, deterministic: bool, state: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """dq, dk and dv, 0 behind the last sequence."""
+
+
+def no_dense_queries(library: Library, q: Tensor) -> bool:
+    """:meth:`Library.dense_queries` of a library that wants queries and keys packed alike."""
+    return False
 
 
 class Loader(Protocol):
@@ -157,7 +164,7 @@ def kernels(package: Loader, dropout: bool = False) -> tuple[Kernels, Kernels, K
                 return _call(library, q, k, v, None, *options, dropout_p, return_lse)
             packed = PackedBatch(q, k, key_padding)
             key, value = packed.keys(k, v)
-            if library.dense_queries:
+            if library.dense_queries(q):
                 lengths: KeyLengths = (None, packed.cu_seqlens_k, q.shape[1], k.shape[1])
                 return _call(library, q, key, value, lengths, *options, dropout_p, return_lse)
             out, lse, rng = _call(

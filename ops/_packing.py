@@ -19,8 +19,8 @@ _PLACE_BLOCK, _ROW_BLOCK = 4096, 64
 class Packing:
     """Where the real keys of a batch go: ``key_padding`` (B, Sk) bool. ``cu_seqlens`` is int32 (B + 1,).
 
-    ``source`` is masks.packing's. Memory for K and V once more, no host sync. Rows behind the last real key hold that
-    one again.
+    ``source`` is masks.packing's. No host sync. :meth:`pack` takes memory for K and V once more; its rows behind the
+    last real key hold that one again.
     """
 
     def __init__(self, key_padding: Tensor) -> None:

@@ -8,6 +8,7 @@ a tensor is larger than 2 GB.)
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -26,6 +27,16 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if device.type != "cuda" or device.index == torch._C._cuda_getDevice():  # there is a tensor: CUDA is initialised
         return _NOTHING
     return torch.cuda.device(device)
+
+
+def capability_of(q: Tensor) -> tuple[int, int] | None:
+    """Compute capability of q's device; None for one that has none."""
+    return _capability(q.device.index) if q.is_cuda else None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def _form(argument: Any) -> Any:

@@ -5,7 +5,6 @@ The factories take anything with ``load()``, so that `sageattention` and builds 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from compiled_attn.spec import CAUSAL, report
 
 from ._native_dense import aligned, fit
 from ._packing import PackedBatch
-from ._quick_launch import on
+from ._quick_launch import capability_of, on
 from ._sage_library import BLOCK_K, BLOCK_Q, WIDTHS, Blocks, Dense, Packed
 
 Forward = tuple[Tensor, Tensor | None, Tensor | None]
@@ -114,16 +113,6 @@ def _require(name: str, faults: list[str]) -> None:
         raise NotImplementedError(report(f"backend '{name}' cannot run this call:", faults))
 
 
-def capability_of(q: Tensor) -> tuple[int, int] | None:
-    """Compute capability of q's device; None for one that has none."""
-    return _capability(q.device.index) if q.is_cuda else None
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
 def nothing(q: Tensor, return_lse: bool) -> Forward:
     """Results of a call without a query, or without a key to attend to."""
     lse = q.new_full((*q.shape[:-3], q.shape[-2], q.shape[-3]), -math.inf, dtype=torch.float32) if return_lse else None
@@ -138,8 +127,12 @@ def _dense(
         return _by_blocks(library.blocks, q, k, v, is_causal, scale, library.counts_padding), None, None
     width, length = q.shape[-1], k.shape[1]
     if is_causal and -(-length // BLOCK_K) % 2 and library.by_triton(capability_of(q)):
-        # It reads blocks of keys in pairs, and so a scale behind the last one, see _sage_rounding.round_blocks.
-        q, k, v = (F.pad(tensor, (0, 0, 0, 0, 0, -length % (2 * BLOCK_K))) for tensor in (q, k, v))
+        # It reads blocks of keys in pairs, and so a scale behind the last one, see _sage_rounding.dense. One row more
+        # makes another block; K's own mean moves neither the mean nor a scale.
+        more = -length % BLOCK_K + 1
+        q, v = (F.pad(tensor, (0, 0, 0, 0, 0, more)) for tensor in (q, v))
+        k = torch.cat((k, k.mean(1, keepdim=True).expand(-1, more, -1, -1)), 1)
+        _require("SageAttention's Triton kernel", too_large(q.shape, k.shape, False))
         out, lse, _ = _dense(library, q, k, v, mask, is_causal, scale, return_lse)
         return out[:, :length], None if lse is None else lse[..., :length], None
     mean = None
@@ -181,12 +174,12 @@ def _by_blocks(
     q8, k8, v16, q_scale, k_scale = _rounding().dense(q, k, v, mean, scale * LOG2_E, _width(q.shape[-1]))
     attend = library.causal if is_causal else library.full
 
-    def run(value: Tensor) -> Tensor:
-        return attend(q8, k8, value, q_scale, k_scale, tensor_layout="NHD", output_dtype=q.dtype)
+    def run(value: Tensor, dtype: torch.dtype) -> Tensor:
+        return attend(q8, k8, value, q_scale, k_scale, tensor_layout="NHD", output_dtype=dtype)
 
-    out = run(v16)
+    out = run(v16, q.dtype)
     if counts_padding and not is_causal and k.shape[1] % BLOCK_K:
-        out = _without_padding(out, run(torch.ones_like(v16)))
+        out = _without_padding(out, run(torch.ones_like(v16), torch.float32))
     return fit(out, q.shape[-1])
 
 
@@ -269,8 +262,10 @@ def _packed(
 
 
 def _blocks(cu_seqlens: Tensor, block: int) -> Tensor:
-    """cu_seqlens of blocks of rows, (N + 1,): where the scales of a sequence start."""
-    return F.pad(((cu_seqlens.diff() + (block - 1)) // block).cumsum(0), (1, 0))
+    """Where the scales of a sequence start, int64 (N + 1,): one for each block of rows, and one behind them that stays
+    0 (see _sage_rounding.dense).
+    """
+    return F.pad(((cu_seqlens.diff() + (2 * block - 1)) // block).cumsum(0), (1, 0))
 
 
 def smoothed(k: Tensor) -> tuple[Tensor, Tensor]:

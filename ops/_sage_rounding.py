@@ -182,11 +182,11 @@ def _readable(*tensors: Tensor) -> tuple[list[Tensor], list[int], int]:
     return dense, [stride // unit for stride in strides], unit
 
 
-def _room(q: Tensor, k: Tensor, width: int) -> list[Tensor]:
-    """int8 Q and K and float16 V, ``width`` wide."""
-    sizes = (*q.shape[:-1], width), (*k.shape[:-1], width)
-    kinds = ((sizes[0], torch.int8), (sizes[1], torch.int8), (sizes[1], torch.float16))
-    return [torch.empty(size, dtype=dtype, device=q.device) for size, dtype in kinds]
+def _room(q: Tensor, keys: tuple[int, ...], width: int) -> list[Tensor]:
+    """int8 Q and K and float16 V, ``width`` wide; ``keys`` are the other sizes of K."""
+    sizes = ((*q.shape[:-1], width), (*keys, width), (*keys, width))
+    kinds = (torch.int8, torch.int8, torch.float16)
+    return [torch.empty(size, dtype=dtype, device=q.device) for size, dtype in zip(sizes, kinds, strict=True)]
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mean: Tensor, scale: float, width: int) -> Rounded:
@@ -194,13 +194,14 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mean: Tensor, scale: float, width: in
 
     ``mean`` is (B, 1, Hk, D). Behind K's scales lies a 0: the causal kernels of every release read blocks of keys in
     pairs, and so the scale of one that is not there where their number is odd. Its keys count for nothing, but NaN,
-    if that was left in memory, times 0 is NaN (seen on an H200).
+    if that was left in memory, times 0 is NaN (seen on an H200). (Behind other heads the next one's scale lies, which
+    is NaN or infinite only if a key there is.)
     """
     batch, q_length, heads, head_dim = q.shape
     k_length, key_heads = k.shape[1:3]
     (q, k, v), strides, unit = _readable(q, k, v)
     q_blocks, k_blocks = -(-q_length // BLOCK_Q), -(-k_length // BLOCK_K)
-    rows = _room(q, k, width)
+    rows = _room(q, tuple(k.shape[:-1]), width)
     scales = [
         torch.empty(count, dtype=torch.float32, device=q.device)
         for count in (batch * heads * q_blocks, batch * key_heads * k_blocks + 1)
@@ -223,7 +224,8 @@ def packed(
     """The same for packed Q (Tq, H, D), K and V (Tk, Hk, D); scales (blocks, H) of Q and of K.
 
     With ``source`` (int32, a masks.packing) K and V are (B, Sk, Hk, D) instead. ``mean`` is (N, Hk, D); ``starts`` are
-    cu_seqlens, ``blocks`` the same of blocks (int64); sequences have at most ``longest`` rows.
+    cu_seqlens, ``blocks`` (int64) say where the scales of a sequence start, with one to spare behind each; sequences
+    have at most ``longest`` rows.
     """
     heads, head_dim = q.shape[1:]
     key_heads, k_length = k.shape[-2], k.shape[-3]
@@ -232,11 +234,10 @@ def packed(
         k, v = k[None], v[None]
     (q, k, v), strides, unit = _readable(q, k, v)
     q_blocks, k_blocks = -(-longest[0] // BLOCK_Q), -(-longest[1] // BLOCK_K)
-    rows = _room(q, k.flatten(0, 1), width)
-    # No more than this many, whatever the lengths are: nobody waits for them. One more of K than there may be, and no
-    # NaN in those that nobody writes, see :func:`dense`.
+    rows = _room(q, (k.shape[0] * k_length, key_heads), width)
+    # No more than this many, whatever the lengths are: nobody waits for them.
     scales = [
-        torch.zeros((total // block + sequences + 1, count), dtype=torch.float32, device=q.device)
+        torch.zeros((total // block + 2 * sequences, count), dtype=torch.float32, device=q.device)
         for total, block, count in ((q.shape[0], BLOCK_Q, heads), (rows[1].shape[0], BLOCK_K, key_heads))
     ]
     if sequences:

@@ -18,7 +18,7 @@ from compiled_attn.spec import Call
 
 from . import _flash_common
 from ._flash_common import KeyLengths, Lengths, Window, padding_and_positions
-from ._quick_launch import on
+from ._quick_launch import capability_of, on
 
 
 class Flash4:
@@ -28,8 +28,6 @@ class Flash4:
     """
 
     empty_lse = -math.inf
-    # its kernels for packed queries are slower: another scheduler, and results that do not leave by TMA
-    dense_queries = True
 
     def __init__(self, module: Any) -> None:
         # the package holds the interface as a submodule
@@ -45,6 +43,11 @@ class Flash4:
 
     def packs(self, q_length: int, k_length: int, window: Window) -> bool:
         return False
+
+    def dense_queries(self, q: Tensor) -> bool:
+        # There its kernels for packed queries are slower: another scheduler, and results that do not leave by TMA. On
+        # 10.0 and 11.0 betas up to 32 read other keys then, at head_dim 256; nothing but 9.0 was run.
+        return capability_of(q) == (9, 0)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | KeyLengths | None, scale: float, causal: bool,

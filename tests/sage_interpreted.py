@@ -93,7 +93,7 @@ def check(rounding: Any, shape: tuple[int, ...], layout: str, device: str, dtype
     starts_q = masks.dense_cu_seqlens(batch, q_length, q.device)
     starts = starts_q, starts_k
     blocks = tuple(
-        torch.nn.functional.pad((-(-cuts.diff() // block)).cumsum(0), (1, 0))
+        torch.nn.functional.pad((1 - (-cuts.diff() // block)).cumsum(0), (1, 0))
         for cuts, block in zip(starts, (128, 64), strict=True)
     )
     longest = q_length, k_length

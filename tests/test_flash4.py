@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import types
 
@@ -29,9 +30,15 @@ def test_dense(library, shape, positions):
     flash_checks.dense("_flash_4", flash_checks.tensors(shape), None, positions)
 
 
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_key_padding_masks(library, shape):
+def test_key_padding_masks(library, monkeypatch, shape, capability):
+    """On 9.0 queries stay a dense batch beside packed keys; elsewhere that was not run, and wrong in betas up to 32."""
+    monkeypatch.setattr(flash4, "capability_of", lambda q: capability)
     flash_checks.dense("_flash_4", flash_checks.tensors(shape), flash_checks.padding(shape), "full")
+    given = [one["cu_seqlens_q"] is None for name, one in library.history if name == "_flash_attn_fwd"]
+    assert set(given) <= {capability == (9, 0)}
+    assert given or not math.prod(SHAPES[shape])
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["bare", "masked"])

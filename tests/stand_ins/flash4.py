@@ -23,12 +23,13 @@ def span(causal: bool, left: int | None, right: int | None) -> tuple[int | None,
 
 
 class Library:
-    """``asked`` has the last call's arguments; betas differ in how many ``extra`` results they give."""
+    """``asked`` has the last call's arguments, ``history`` those of all; betas differ in how many ``extra`` results they give."""
 
     def __init__(self, extra: int = 3) -> None:
         self.extra = extra
         self.calls: list[str] = []
         self.asked: dict[str, Any] = {}
+        self.history: list[tuple[str, dict[str, Any]]] = []
         self.module = types.ModuleType("flash_attn.cute")
         self.module.interface = types.ModuleType(MODULE)  # type: ignore[attr-defined]
         for name, function in (("_flash_attn_fwd", self.forward), ("_flash_attn_bwd", self.backward)):
@@ -38,6 +39,7 @@ class Library:
         def call(**arguments: Any) -> Any:
             self.calls.append(name)
             self.asked = arguments
+            self.history.append((name, arguments))
             return function(arguments)
 
         setattr(self.module.interface, name, as_recorded("flash-attn-4", f"{MODULE}:{name}")(call))

@@ -77,7 +77,7 @@ class Rounding:
             sequences = cuts.shape[0] - 1
             whole = torch.full((*rows.shape[:-1], width), -7, dtype=torch.int8)
             exact = torch.full((*rows.shape[:-1], width), math.nan, dtype=torch.float64)
-            scales = torch.zeros(rows.shape[0] // block + sequences + 1, rows.shape[1])
+            scales = torch.zeros(rows.shape[0] // block + 2 * sequences, rows.shape[1])
             ends = cuts.tolist()
             assert sequences == 0 or most >= max(b - a for a, b in itertools.pairwise(ends))
             for number, (a, b) in enumerate(itertools.pairwise(ends)):
