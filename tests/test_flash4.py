@@ -41,6 +41,17 @@ def test_key_padding_masks(library, monkeypatch, shape, capability):
     assert given or not math.prod(SHAPES[shape])
 
 
+@pytest.mark.parametrize("width", [8, 40, 48, 64, 72, 96, 104, 128, 136])
+def test_gradients_on_hopper_have_a_width_that_is_right_there(library, monkeypatch, width):
+    """A multiple of 16 that is none of 32 gives wrong ones, up to 128."""
+    monkeypatch.setattr(flash4, "capability_of", lambda q: (9, 0))
+    monkeypatch.setitem(SHAPES, "width", (2, 5, 7, 4, 2, width))
+    for keep in (None, flash_checks.padding("width")):
+        flash_checks.dense("_flash_4", flash_checks.tensors("width"), keep, "full")
+        asked = {one["q"].shape[-1] for name, one in library.history if name == "_flash_attn_bwd"}
+        assert asked == {width if width > 128 or width % 32 in (0, 24) else 64 if width < 64 else 128}
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["bare", "masked"])
 def test_layouts_and_scale(library, masked):
     inputs = flash_checks.tensors("grouped", transposed=True)

@@ -23,7 +23,9 @@ def span(causal: bool, left: int | None, right: int | None) -> tuple[int | None,
 
 
 class Library:
-    """``asked`` has the last call's arguments, ``history`` those of all; betas differ in how many ``extra`` results they give."""
+    """``asked`` has the last call's arguments, ``history`` all calls'; betas differ in how many ``extra`` results they
+    give.
+    """
 
     def __init__(self, extra: int = 3) -> None:
         self.extra = extra
