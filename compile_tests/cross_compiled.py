@@ -135,7 +135,7 @@ def hopper(head_dim: int, variant: str) -> tuple[Any, Any]:
 
 def helper(kernel: Any, more: dict[str, Any], warps: int, head_dim: int, target: str) -> Any:
     """One of HELPERS, for bfloat16 rows that start at multiples of 16 bytes."""
-    width = 1 << (head_dim - 1).bit_length()
+    width = triton.next_power_of_2(head_dim)
     widths = {"D": head_dim, "D_K": head_dim, "D_V": head_dim, "WIDTH": width, "WIDTH_K": width, "WIDTH_V": width}
     constants = {**more, **{name: value for name, value in widths.items() if name in kernel.arg_names}}
     signature, aligned = {}, {}
@@ -241,27 +241,31 @@ def amd(kernel: Any) -> dict[str, Any]:
     return {"spilled": int(spilled[1]), "warnings": [], "descriptors": []}
 
 
+def examined(kernel: Any, target: str) -> dict[str, Any]:
+    """What the machine code and the metadata of a kernel say."""
+    report = amd(kernel) if target == "gfx" else nvidia(kernel, target)
+    return report | {
+        "scratch": getattr(kernel.metadata, "global_scratch_size", 0),
+        "shared": kernel.metadata.shared,
+    }
+
+
 def main(targets: list[str], widths: list[int], variants: list[str], kinds: list[str]) -> None:
     found = {}
     for target in targets:
         for head_dim in widths:
-            if kinds == ["helpers"]:
-                for number, (function, more, warps) in enumerate(HELPERS):
-                    built = helper(function, more, warps, head_dim, target)
-                    report = nvidia(built, target)
-                    report["scratch"] = getattr(built.metadata, "global_scratch_size", 0)
-                    report["shared"] = built.metadata.shared
-                    found[f"{target} {function.__name__} {number} {head_dim}"] = report
-                continue
             for kind in kinds:
+                if kind == "helpers":
+                    for number, (function, more, warps) in enumerate(HELPERS):
+                        kernel = helper(function, more, warps, head_dim, target)
+                        found[f"{target} {function.__name__} {number} {head_dim}"] = examined(kernel, target)
+                    continue
                 for variant in variants:
                     if kind == "hopper":
                         kernel, config = hopper(head_dim, variant)
                     else:
                         kernel, config = compiled(kind, target, head_dim, variant)
-                    report = amd(kernel) if target == "gfx" else nvidia(kernel, target)
-                    report["scratch"] = getattr(kernel.metadata, "global_scratch_size", 0)
-                    report["shared"] = kernel.metadata.shared
+                    report = examined(kernel, target)
                     report["config"] = str(config)
                     if kind == "hopper":
                         report["copies"] = copies(kernel.asm["ttgir"])

@@ -19,10 +19,11 @@ from compiled_attn.spec import CAUSAL, LOW_PRECISION, LOWER_RIGHT, Call, Limits
 
 from ._native_dense import aligned, empty_to, fit, resolved_scale
 from ._packing import PackedBatch
+from ._quick_launch import capability_of
 
 # cu_seqlens_q, cu_seqlens_k and bounds of the lengths of query and key; None for a dense call
 Lengths = tuple[Tensor, Tensor, int, int]
-# the same for dense queries beside packed keys, which only a library with ``dense_queries`` gets
+# the same for dense queries beside packed keys, which only a library with ``dense_queries_on`` gets
 KeyLengths = tuple[None, Tensor, int, int]
 Window = tuple[int, int]
 OPEN: Window = (-1, -1)
@@ -36,9 +37,8 @@ class Library(Protocol):
     """
 
     empty_lse: float  # what it writes for a row with nothing to attend to
-
-    def dense_queries(self, q: Tensor) -> bool:
-        """Whether :meth:`forward` takes (B, Sq, H, D) queries beside packed keys, on the GPU of ``q``."""
+    # compute capabilities on which its forward takes (B, Sq, H, D) queries beside packed keys
+    dense_queries_on: tuple[tuple[int, int], ...]
 
     def packs(self, q_length: int, k_length: int, window: Window) -> bool:
         """Whether a dense call must go to the packed entry, as the dense one would be wrong."""
@@ -54,11 +54,6 @@ class Library(Protocol):
         scale: float, causal: bool, window: Window, dropout_p: float, deterministic: bool, state: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """dq, dk and dv, 0 behind the last sequence."""
-
-
-def no_dense_queries(library: Library, q: Tensor) -> bool:
-    """:meth:`Library.dense_queries` of a library that wants queries and keys packed alike."""
-    return False
 
 
 class Loader(Protocol):
@@ -164,7 +159,7 @@ def kernels(package: Loader, dropout: bool = False) -> tuple[Kernels, Kernels, K
                 return _call(library, q, k, v, None, *options, dropout_p, return_lse)
             packed = PackedBatch(q, k, key_padding)
             key, value = packed.keys(k, v)
-            if library.dense_queries(q):
+            if capability_of(q) in library.dense_queries_on:
                 lengths: KeyLengths = (None, packed.cu_seqlens_k, q.shape[1], k.shape[1])
                 return _call(library, q, key, value, lengths, *options, dropout_p, return_lse)
             out, lse, rng = _call(

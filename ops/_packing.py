@@ -46,16 +46,14 @@ class Packing:
         if self._kernels is None:
             return k.flatten(0, 1).index_select(0, self.source), v.flatten(0, 1).index_select(0, self.source)
         heads, total = k.shape[2], self.batch * self.length
-        k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (k, v))
+        (k, v), strides, unit = in_units(k, v)
         packed = [tensor.new_empty((total, heads, tensor.shape[3])) for tensor in (k, v)]
-        strides = [stride for tensor in (k, v) for stride in tensor.stride()[:3]]
         widths = [tensor.shape[3] for tensor in (k, v)]
-        unit = 1 if any(number % 8 for number in (*strides, *widths)) else 8
         quick, kernels = self._kernels
         with quick.on(k.device):
             quick.launch(
                 kernels.pack_rows, (-(-total // _ROW_BLOCK) * heads, 1, 1),
-                (k, v, *packed, self.source, *(stride // unit for stride in strides), heads, self.length, total),
+                (k, v, *packed, self.source, *strides, heads, self.length, total),
                 {
                     "D_K": widths[0], "D_V": widths[1], "WIDTH_K": _power(widths[0]), "WIDTH_V": _power(widths[1]),
                     "UNIT": unit, "BLOCK": _ROW_BLOCK,
@@ -97,6 +95,16 @@ class PackedBatch:
         if self.packing is None:
             return rows.unflatten(0, (self.batch, self.k_length))
         return self.packing.unpacked(rows)
+
+
+def in_units(*tensors: Tensor) -> tuple[list[Tensor], list[int], int]:
+    """Tensors whose last dimension is dense, their other strides in units, and the unit: 8 elements, or 1 where a row
+    need not start at a multiple of 8.
+    """
+    dense = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+    strides = [stride for tensor in dense for stride in tensor.stride()[:-1]]
+    unit = 1 if any(number % 8 for number in (*strides, *(tensor.shape[-1] for tensor in dense))) else 8
+    return dense, [stride // unit for stride in strides], unit
 
 
 def _power(width: int) -> int:

@@ -6,7 +6,7 @@ The factories take anything with ``load()``, so that `sageattention` and builds 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -177,16 +177,20 @@ def _by_blocks(
     def run(value: Tensor, dtype: torch.dtype) -> Tensor:
         return attend(q8, k8, value, q_scale, k_scale, tensor_layout="NHD", output_dtype=dtype)
 
-    out = run(v16, q.dtype)
-    if counts_padding and not is_causal and k.shape[1] % BLOCK_K:
-        out = _without_padding(out, run(torch.ones_like(v16), torch.float32))
-    return fit(out, q.shape[-1])
+    partial = counts_padding and not is_causal and k.shape[1] % BLOCK_K > 0
+    return fit(_attended(run, v16, q.dtype, partial), q.shape[-1])
 
 
 def _rounding() -> Any:
     from . import _sage_rounding  # imports triton, as the library does
 
     return _sage_rounding
+
+
+def _attended(run: Callable[[Tensor, torch.dtype], Tensor], value: Tensor, dtype: torch.dtype, partial: bool) -> Tensor:
+    """``run``, and once more for the share of the real keys where it counts those that fill a ``partial`` block."""
+    out = run(value, dtype)
+    return _without_padding(out, run(torch.ones_like(value), torch.float32)) if partial else out
 
 
 def _without_padding(out: Tensor, share: Tensor) -> Tensor:
@@ -254,11 +258,8 @@ def _packed(
     def run(value: Tensor, dtype: torch.dtype) -> Tensor:
         return attend(q8, k8, value, *starts, max_seqlen_q, q_scale, k_scale, *blocks, output_dtype=dtype)
 
-    out = run(v16, q.dtype)
-    if library.counts_padding and not is_causal:
-        # Whether a sequence fills its last block is known on the device alone.
-        out = _without_padding(out, run(torch.ones_like(v16), torch.float32))
-    return fit(out, q.shape[-1])
+    # whether a sequence fills its last block is known on the device alone
+    return fit(_attended(run, v16, q.dtype, library.counts_padding and not is_causal), q.shape[-1])
 
 
 def _blocks(cu_seqlens: Tensor, block: int) -> Tensor:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._packing import in_units
 from ._quick_launch import launch
 from ._sage_library import BLOCK_K, BLOCK_Q
 from ._triton_tiles import load_rows, store_rows
@@ -174,14 +175,6 @@ def sum_keys(
     tl.store(Sums + ((number * parts + part) * heads + head) * D + columns, total, mask=columns < D)
 
 
-def _readable(*tensors: Tensor) -> tuple[list[Tensor], list[int], int]:
-    """Tensors whose last dimension is dense, their other strides in units, and the unit."""
-    dense = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
-    strides = [stride for tensor in dense for stride in tensor.stride()[:-1]]
-    unit = 1 if any(stride % 8 for stride in strides) else 8
-    return dense, [stride // unit for stride in strides], unit
-
-
 def _room(q: Tensor, keys: tuple[int, ...], width: int) -> list[Tensor]:
     """int8 Q and K and float16 V, ``width`` wide; ``keys`` are the other sizes of K."""
     sizes = ((*q.shape[:-1], width), (*keys, width), (*keys, width))
@@ -199,7 +192,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mean: Tensor, scale: float, width: in
     """
     batch, q_length, heads, head_dim = q.shape
     k_length, key_heads = k.shape[1:3]
-    (q, k, v), strides, unit = _readable(q, k, v)
+    (q, k, v), strides, unit = in_units(q, k, v)
     q_blocks, k_blocks = -(-q_length // BLOCK_Q), -(-k_length // BLOCK_K)
     rows = _room(q, tuple(k.shape[:-1]), width)
     scales = [
@@ -232,7 +225,7 @@ def packed(
     sequences = starts[0].shape[0] - 1
     if source is None:
         k, v = k[None], v[None]
-    (q, k, v), strides, unit = _readable(q, k, v)
+    (q, k, v), strides, unit = in_units(q, k, v)
     q_blocks, k_blocks = -(-longest[0] // BLOCK_Q), -(-longest[1] // BLOCK_K)
     rows = _room(q, (k.shape[0] * k_length, key_heads), width)
     # No more than this many, whatever the lengths are: nobody waits for them.
@@ -260,9 +253,9 @@ def mean_of_real(k: Tensor, key_padding: Tensor) -> Tensor:
     """Mean of the real keys of each sequence of K (B, Sk, Hk, D), float32 (B, Hk, D); 0 where there is none."""
     batch, length, heads, head_dim = k.shape
     parts = -(-length // _SUMMED)
-    (k,), strides, unit = _readable(k)
+    (k,), strides, unit = in_units(k)
     sums = torch.empty((batch, parts, heads, head_dim), dtype=torch.float32, device=k.device)
-    width = 1 << (head_dim - 1).bit_length()
+    width = triton.next_power_of_2(head_dim)
     launch(
         sum_keys, (parts * heads, batch, 1),
         (k, key_padding, sums, *strides, *key_padding.stride(), length, heads, parts),

@@ -11,7 +11,7 @@ from torch import Tensor
 from compiled_attn import masks
 from compiled_attn.packages import Package, Unfit, parameters, require
 
-from ._flash_common import Lengths, Window, no_dense_queries
+from ._flash_common import Lengths, Window
 from .flash2 import Flash2, _bounds
 
 
@@ -23,7 +23,7 @@ class Flash:
     """
 
     empty_lse = math.inf
-    dense_queries = no_dense_queries
+    dense_queries_on = ()
     packs = Flash2.packs
 
     def __init__(self, forward: Any, backward: Any, seed_dtype: torch.dtype) -> None:

@@ -22,7 +22,7 @@ from compiled_attn.registry import Backend, register_backend
 from compiled_attn.spec import CAUSAL, Call, Limits
 
 from . import _flash_common
-from ._flash_common import OPEN, Lengths, Loader, Window, fake_dropout_state, no_dense_queries, padding_and_positions
+from ._flash_common import OPEN, Lengths, Loader, Window, fake_dropout_state, padding_and_positions
 from ._native_dense import aligned, aligned_bias, empty_to, fit, resolved_scale
 
 # What some releases ask for besides, all meaning "none of it".
@@ -62,7 +62,7 @@ class Aiter:
     """
 
     empty_lse = -math.inf
-    dense_queries = no_dense_queries
+    dense_queries_on = ()
 
     def __init__(self, module: Any) -> None:
         tensors = ("q", "k", "v", "dropout_p", "softmax_scale", "window_size_left", "window_size_right")
@@ -294,7 +294,7 @@ class AiterForward:
     """kernels-community/aiter-flash-attn-ck: the same conventions behind two public functions, without a backward."""
 
     empty_lse = -math.inf
-    dense_queries = no_dense_queries
+    dense_queries_on = ()
     packs = Aiter.packs
 
     def __init__(self, module: Any) -> None:

@@ -17,7 +17,7 @@ from compiled_attn.registry import Backend, register_backend
 from compiled_attn.spec import Call
 
 from . import _flash_common
-from ._flash_common import Lengths, Window, no_dense_queries, padding_and_positions
+from ._flash_common import Lengths, Window, padding_and_positions
 
 _WINDOW = ("window_size_left", "window_size_right")
 # compute capabilities with 100 KB of shared memory or less for a block
@@ -28,7 +28,7 @@ class Flash2:
     """The raw functions of flash-attn 2.6.3 and later; see :class:`compiled_attn.ops._flash_common.Library`."""
 
     empty_lse = math.inf
-    dense_queries = no_dense_queries
+    dense_queries_on = ()
 
     def __init__(self, module: Any) -> None:
         # the Hub's package and flash_attn itself hold the interface as a submodule

@@ -29,6 +29,9 @@ class Flash4:
     """
 
     empty_lse = -math.inf
+    # There its kernels for packed queries are slower: another scheduler, and results that do not leave by TMA. On 10.0
+    # and 11.0 betas up to 32 read other keys then, at head_dim 256; nothing but 9.0 was run.
+    dense_queries_on = ((9, 0),)
 
     def __init__(self, module: Any) -> None:
         # the package holds the interface as a submodule
@@ -44,11 +47,6 @@ class Flash4:
 
     def packs(self, q_length: int, k_length: int, window: Window) -> bool:
         return False
-
-    def dense_queries(self, q: Tensor) -> bool:
-        # There its kernels for packed queries are slower: another scheduler, and results that do not leave by TMA. On
-        # 10.0 and 11.0 betas up to 32 read other keys then, at head_dim 256; nothing but 9.0 was run.
-        return capability_of(q) == (9, 0)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | KeyLengths | None, scale: float, causal: bool,

@@ -15,6 +15,7 @@ from matrix import far_apart
 from stand_ins.sage import Rounding
 
 from compiled_attn import masks
+from compiled_attn.ops import _sage_kernels
 
 # B, Sq, Sk, H, Hk, D
 SHAPES = (
@@ -92,10 +93,7 @@ def check(rounding: Any, shape: tuple[int, ...], layout: str, device: str, dtype
     source, _, starts_k = masks.packing(keep)
     starts_q = masks.dense_cu_seqlens(batch, q_length, q.device)
     starts = starts_q, starts_k
-    blocks = tuple(
-        torch.nn.functional.pad((1 - (-cuts.diff() // block)).cumsum(0), (1, 0))
-        for cuts, block in zip(starts, (128, 64), strict=True)
-    )
+    blocks = _sage_kernels._blocks(starts_q, 128), _sage_kernels._blocks(starts_k, 64)
     longest = q_length, k_length
     real = int(starts_k[-1])
     for name, keys, values, of in (

@@ -15,7 +15,7 @@ from stand_ins import flash4 as stand_in
 from test_varlen import LENGTHS
 
 from compiled_attn import registry
-from compiled_attn.ops import flash4
+from compiled_attn.ops import _flash_common, flash4
 
 
 @pytest.fixture(params=[3, 2], ids=["five_results", "four_results"])
@@ -34,7 +34,7 @@ def test_dense(library, shape, positions):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_key_padding_masks(library, monkeypatch, shape, capability):
     """On 9.0 queries stay a dense batch beside packed keys; elsewhere that was not run, and wrong in betas up to 32."""
-    monkeypatch.setattr(flash4, "capability_of", lambda q: capability)
+    monkeypatch.setattr(_flash_common, "capability_of", lambda q: capability)
     flash_checks.dense("_flash_4", flash_checks.tensors(shape), flash_checks.padding(shape), "full")
     given = [one["cu_seqlens_q"] is None for name, one in library.history if name == "_flash_attn_fwd"]
     assert set(given) <= {capability == (9, 0)}
@@ -44,7 +44,8 @@ def test_key_padding_masks(library, monkeypatch, shape, capability):
 @pytest.mark.parametrize("width", [8, 40, 48, 64, 72, 96, 104, 128, 136])
 def test_gradients_on_hopper_have_a_width_that_is_right_there(library, monkeypatch, width):
     """A multiple of 16 that is none of 32 gives wrong ones, up to 128."""
-    monkeypatch.setattr(flash4, "capability_of", lambda q: (9, 0))
+    for module in (flash4, _flash_common):
+        monkeypatch.setattr(module, "capability_of", lambda q: (9, 0))
     monkeypatch.setitem(SHAPES, "width", (2, 5, 7, 4, 2, width))
     for keep in (None, flash_checks.padding("width")):
         flash_checks.dense("_flash_4", flash_checks.tensors("width"), keep, "full")

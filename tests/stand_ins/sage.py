@@ -18,7 +18,6 @@ from recorded import as_recorded
 from torch import Tensor
 
 LOG2_E = 1.44269504
-
 PINNED = ("fp16_triton", "fp16_cuda", "fp8_cuda", "fp8_cuda_sm90")
 # release -> (name of the record, module path of core, of the packed quantisation, of the packed kernels)
 RECORDS = {
@@ -56,9 +55,7 @@ class Rounding:
         self.exact[whole.data_ptr()] = rows
         return whole, scale[..., ::block, :].float()
 
-    def dense(
-        self, q: Tensor, k: Tensor, v: Tensor, mean: Tensor, scale: float, width: int
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, mean: Tensor, scale: float, width: int) -> tuple[Tensor, ...]:
         q8, q_scale = self._round(q.double() * scale, 128, width)
         k8, k_scale = self._round(k.double() - mean.double(), 64, width)
         memory = torch.zeros(k_scale.numel() + 1)
