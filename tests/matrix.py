@@ -17,6 +17,7 @@ from torch import Tensor
 
 import compiled_attn
 from compiled_attn import masks, reference, registry
+from compiled_attn.cli_list import fetched
 from compiled_attn.spec import ALIGN_LOWER_RIGHT, CAUSAL, Limits
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
@@ -60,10 +61,11 @@ def backends_and_devices(varlen: bool = False) -> list[Any]:
 
 
 def require(name: str) -> None:
-    """Skip, with the reasons, where backend ``name`` lacks a package."""
-    missing = registry.unavailable(name)
+    """Skip, with the reasons, where backend ``name`` lacks a package or its kernel was never fetched; else load it."""
+    missing = registry.unavailable(name) or ([] if fetched(name) else ["its kernel is not fetched yet"])
     if missing:
         pytest.skip("; ".join(missing))
+    registry.usable(name)
 
 
 @dataclass(frozen=True)
