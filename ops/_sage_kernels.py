@@ -132,7 +132,7 @@ def _dense(
         more = -length % BLOCK_K + 1
         q, v = (F.pad(tensor, (0, 0, 0, 0, 0, more)) for tensor in (q, v))
         k = torch.cat((k, k.mean(1, keepdim=True).expand(-1, more, -1, -1)), 1)
-        _require("SageAttention's Triton kernel", too_large(q.shape, k.shape, False))
+        _require("sage", too_large(q.shape, k.shape, False))
         out, lse, _ = _dense(library, q, k, v, mask, is_causal, scale, return_lse)
         return out[:, :length], None if lse is None else lse[..., :length], None
     mean = None
@@ -286,8 +286,8 @@ def means_packed(k: Tensor, cu_seqlens_k: Tensor) -> Tensor:
     rows = k.flatten(1)
     of = masks.segments(cu_seqlens_k, k.shape[0])
     member = of[:, None] == torch.arange(sequences, device=k.device)
-    # what lies behind the last sequence may be NaN, and 0 * NaN is NaN
-    real = rows.masked_fill((of == sequences)[:, None], 0.0)
+    # 0 * NaN is NaN: a key that is not finite, of another sequence or behind the last one, would reach every mean
+    real = rows.nan_to_num(0.0, 0.0, 0.0)
     lengths = cu_seqlens_k.diff().clamp(min=1)
     return ((member / lengths).to(k.dtype).T @ real).unflatten(1, k.shape[1:])
 

@@ -293,6 +293,20 @@ def test_lengths_that_are_columns_of_a_table(library, release):
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("release", ["1.0.6", "2.2.0"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_key_that_is_not_finite_stays_in_its_sequence(library, release, value):
+    library(release, quantised=True)
+    q, k, v = (torch.randn(128, 2, 64).bfloat16() for _ in range(3))
+    cu_seqlens = torch.tensor([0, 64, 128], dtype=torch.int32)
+    forward = registry.find("sage_varlen").backend.varlen.forward
+    clean, *_ = forward(q, k, v, cu_seqlens, cu_seqlens, 64, 64)
+    k[100, 1, 3] = value
+    found, *_ = forward(q, k, v, cu_seqlens, cu_seqlens, 64, 64)
+    torch.testing.assert_close(found[:64], clean[:64], rtol=0, atol=0)
+    torch.testing.assert_close(found[64:, 0], clean[64:, 0], rtol=0, atol=0)
+
+
 def packed_error(library, mean, ours):
     """Largest error with int8 rounding of two sequences whose keys lie round +mean and -mean."""
     made = library("2.2.0", quantised=True)
