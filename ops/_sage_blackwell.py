@@ -56,6 +56,6 @@ def kernels(package: Any) -> Kernels:
 
 def only_12(call: Call) -> str | None:
     """Compute capability 12.x only: the extension checks for 12.0 and 12.1."""
-    if call.capability is not None and call.capability[0] != 12:
+    if call.capability is not None and call.capability[0] > 12:  # min_capability refuses what is below
         return f"needs compute capability 12.x, not {call.capability}"
     return None

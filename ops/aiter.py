@@ -7,9 +7,10 @@ Bound to the signatures of amd-aiter 0.1.7.post2.dev18 and its C++ source; not r
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -261,9 +262,21 @@ def _masked_dropout(call: Call) -> str | None:
     return None
 
 
-def not_rocm() -> list[str]:
-    """Why this PyTorch cannot run a kernel for ROCm."""
-    return [] if torch.version.hip is not None else ["runs on ROCm alone, and this PyTorch is not built for it"]
+# Its README: most Composable Kernel and assembly kernels are for CDNA alone. What it builds of those: gfx90a and later.
+CDNA = ("gfx90a", "gfx942", "gfx950")
+# rocm-archs in the build.toml of kernels-community/aiter-flash-attn-ck
+HUB_BUILDS = ("gfx942", "gfx950")
+
+
+def unsuitable(builds: Sequence[str]) -> list[str]:
+    """Why this PyTorch, or every GPU it sees, cannot run kernels for the ROCm targets ``builds``."""
+    if torch.version.hip is None:
+        return ["runs on ROCm alone, and this PyTorch is not built for it"]
+    if not torch.cuda.is_available():
+        return []
+    names = (torch.cuda.get_device_properties(index).gcnArchName for index in range(torch.cuda.device_count()))
+    seen = sorted({name.partition(":")[0] for name in names})
+    return [] if set(seen) & set(builds) else [f"has kernels for {', '.join(builds)}, and there is {', '.join(seen)}"]
 
 
 _SHARED: dict[str, Any] = {"min_capability": None, "verified": "contract"}
@@ -278,7 +291,7 @@ register_backend(
         "AMD's AI Tensor Engine for ROCm (amd-aiter)",
         family="AITER",
         packages=(PACKAGE,),
-        available=not_rocm,
+        available=functools.partial(unsuitable, CDNA),
         limits=(LIMITS,),
         dense=Kernels(dense_forward, dense_backward, random=True, fake_state=fake_dropout_state),
         varlen_limits=(VARLEN_LIMITS,),

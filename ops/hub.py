@@ -5,6 +5,7 @@ See docs/hub.md. The kernels are those of the files beside this one; only where 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -63,8 +64,9 @@ _register_flash(flash4, "FlashAttention-4", FLASH4, "flash_4_hub", None, _beta_8
 
 
 def _not_compiled_for(call: Call) -> str | None:
-    """Its build has kernels for compute capability 8.0, 8.9, 9.0 and 12.0."""
-    if call.capability is not None and call.capability not in ((8, 0), (8, 9), (9, 0), (12, 0)):
+    """Its Python chooses among kernels for compute capability 8.0, 8.9, 9.0 and 12.0."""
+    built = ((8, 0), (8, 9), (9, 0), (12, 0))
+    if call.capability is not None and call.capability > built[0] and call.capability not in built:
         return f"has no kernel for compute capability {call.capability}, only for 8.0, 8.9, 9.0 and 12.0"
     return None
 
@@ -112,6 +114,6 @@ register_backend(
         varlen_limits=(aiter.HUB_VARLEN_LIMITS,),
         varlen=_varlen,
         packages=(AITER,),
-        available=aiter.not_rocm,
+        available=functools.partial(aiter.unsuitable, aiter.HUB_BUILDS),
     )
 )

@@ -47,6 +47,13 @@ def _not_on_12(call: Call) -> str | None:
     return None
 
 
+def _never_built(call: Call) -> str | None:
+    """Compute capability 8.x, 9.0, 10.x and 12.x: setup.py of every release until December 2025 knows no other."""
+    if call.capability is not None and call.capability > (8, 0) and call.capability[0] not in (8, 9, 10, 12):
+        return f"has no kernel for compute capability {call.capability}, only for 8.x, 9.0, 10.x and 12.x"
+    return None
+
+
 def _triton_padding_on_12(call: Call) -> str | None:
     """Key padding goes through its Triton kernels, which are not usable on 12.x."""
     return _not_on_12(call) if call.mask == "key_padding" else None
@@ -54,7 +61,7 @@ def _triton_padding_on_12(call: Call) -> str | None:
 
 def _only_hopper(call: Call) -> str | None:
     """Compute capability 9.0 only."""
-    if call.capability is not None and call.capability != (9, 0):
+    if call.capability is not None and call.capability > (9, 0):  # what is below min_capability is refused for that
         return f"needs compute capability (9, 0), not {call.capability}; use 'sage'"
     return None
 
@@ -139,6 +146,7 @@ _register_pinned(
     "_sage_qk_int8_pv_fp8_cuda",
     "SageAttention, pinned: int8 QK^T, fp8 PV",
     _sizes_on_12,
+    _never_built,
     min_capability=(8, 9),
     rounding=FP8,
 )
@@ -153,6 +161,7 @@ _register_pinned(
     "_sage_qk_int8_pv_fp16_cuda",
     "SageAttention, pinned: int8 QK^T, float16 PV",
     _not_on_12,
+    _never_built,
 )
 _register_pinned(
     "_sage_qk_int8_pv_fp16_triton",

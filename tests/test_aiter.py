@@ -194,6 +194,26 @@ def test_what_is_served():
         assert flash_checks.refusals("aiter", **call) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "seen", "reason"),
+    [
+        ("aiter", ["gfx942:sramecc+:xnack-", "gfx1100"], None),
+        ("aiter", ["gfx90a:sramecc+"], None),
+        ("aiter", ["gfx1201", "gfx1100"], "has kernels for gfx90a, gfx942, gfx950, and there is gfx1100, gfx1201"),
+        ("aiter_fa2_hub", ["gfx950"], None),
+        ("aiter_fa2_hub", ["gfx90a:sramecc+"], "has kernels for gfx942, gfx950, and there is gfx90a"),
+    ],
+)
+def test_gpus_without_a_kernel(monkeypatch, name, seen, reason):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(seen))
+    gpus = [types.SimpleNamespace(gcnArchName=one) for one in seen]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+    found = [one for one in registry.unavailable(name) if one.startswith("has kernels for")]
+    assert found == ([] if reason is None else [reason])
+
+
 def test_another_package_of_the_same_name(monkeypatch):
     aiter.PACKAGE.forget()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())

@@ -460,6 +460,8 @@ REFUSALS = [
     ("_sage_qk_int8_pv_fp8_cuda", {"mask": "key_padding"}, "takes no masks"),
     ("_sage_qk_int8_pv_fp8_cuda_sm90", {"capability": (10, 0)}, "needs compute capability (9, 0), not (10, 0)"),
     ("_sage_qk_int8_pv_fp16_cuda", {"capability": (12, 1)}, "does not run on compute capability (12, 1)"),
+    ("_sage_qk_int8_pv_fp16_cuda", {"capability": (11, 0)}, "has no kernel for compute capability (11, 0)"),
+    ("_sage_qk_int8_pv_fp8_cuda", {"capability": (11, 0)}, "has no kernel for compute capability (11, 0)"),
     (TRITON, {"mask": "bool", "query": (1, 2**16, 4, 64), "key": (1, 2**16, 4, 64)}, "elements for a head"),
     (TRITON, {"causal": True, "mask": "key_padding"}, "takes key padding or is_causal, not both"),
 ]  # fmt: skip
@@ -468,6 +470,12 @@ REFUSALS = [
 @pytest.mark.parametrize(("name", "facts", "reason"), REFUSALS)
 def test_refusals(name, facts, reason):
     assert reason in refused(name, **facts)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "sage_hub", "sage_blackwell_hub"])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6), (8, 9), (10, 0), (11, 0), (12, 1)])
+def test_a_gpu_is_refused_for_one_reason(name, capability):
+    assert refused(name, capability=capability).count("compute capability") <= 1
 
 
 @pytest.mark.parametrize("name", NAMES)
