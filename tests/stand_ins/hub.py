@@ -27,6 +27,7 @@ SOURCES = {
     # the libraries themselves, for the tests on a GPU
     "real_sage": "from sageattention import core, sageattn, sageattn_varlen\n",
     "real_flash2": "from flash_attn import flash_attn_interface\n",
+    "real_flash4": "from flash_attn.cute import interface\n",
     "empty": "",
     "broken": "raise OSError('libcudart.so.12: cannot open shared object file')\n",
 }  # fmt: skip
