@@ -279,8 +279,9 @@ def means_packed(k: Tensor, cu_seqlens_k: Tensor) -> Tensor:
     """Means of the sequences of packed K (Tk, Hk, D): (N, Hk, D).
 
     One mean of the whole batch, as the library takes it, leaves in the int8 scales what sequences differ by: with keys
-    of unit variance round -2 and 2 the error is 1.2 to 1.3 times as large, round -8 and 8 2.1 to 2.4 (tests/test_sage.py).
-    By a matrix product: atomic additions of 100k rows to a few are slow and differ from run to run.
+    of unit variance round -2 and 2 the error is 1.2 to 1.3 times as large, round -8 and 8 2.1 to 2.4 times
+    (tests/test_sage.py). By a matrix product: atomic additions of 100k rows to a few are slow and differ from run to
+    run.
     """
     sequences = cu_seqlens_k.shape[0] - 1
     rows = k.flatten(1)

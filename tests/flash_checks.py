@@ -256,16 +256,24 @@ def _traced(run: Any, inputs: list[Tensor], operator: Any) -> None:
     assert counter.operators() == [[operator._opname]]
 
 
-def opcheck(backend: str) -> None:
+def opcheck(backend: str, dtype: torch.dtype = torch.float32) -> None:
     """The dense and the packed operator of ``backend``, with the stand-in behind them."""
     utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     entry = registry.find(backend)
-    for keep in (None, padding("plain")):
+    limits, kernels = entry.backend.limits[0], entry.backend.dense
+    assert kernels is not None
+    for keep in (None, padding("plain")) if "key_padding" in limits.masks else (None,):
         for transposed in (False, True):
-            inputs = tensors("plain", torch.float32, transposed)
-            rest = (None, keep, 0.0, 0, None, False, None, False, True)
+            inputs = tensors("plain", dtype, transposed)
+            if kernels.backward is None:
+                inputs = [tensor.detach() for tensor in inputs]
+            rest = (None, keep, 0.0, 0, None, False, None, False, limits.lse)
             torch.library.opcheck(entry.op, (*inputs, *rest), test_utils=utils)  # type: ignore[arg-type]
-    inputs = packed("rows_behind", dtype=torch.float32)
+    if entry.varlen_op is None:
+        return
+    inputs = packed("rows_behind", dtype=dtype)
+    if kernels.backward is None:
+        inputs = [tensor.detach() for tensor in inputs]
     rest = (7, 7, 0.0, 0, None, False, None, False, True)
     torch.library.opcheck(entry.varlen_op, (*inputs, *rest), test_utils=utils)  # type: ignore[arg-type]
 

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import types
 
+import flash_checks
 import pytest
 import recorded
 import torch
-from matrix import assert_as_good, plain
+from graphs import Counter
+from matrix import NAMES, Case, assert_as_good, expectations, largest, measured, plain
 from stand_ins import hub as folders
 
 import compiled_attn
@@ -362,10 +364,26 @@ def test_graphs_and_exported_programs_name_our_operator(name):
         assert [target for target in targets if "attn" in target] == [f"compiled_attn.{operator}.v1"]
 
 
+@pytest.mark.parametrize("name", HUB)
+def test_opcheck(local, name):
+    """With the stand-in of its library behind it."""
+    kinds = {"sage_hub": "sage", "sage_blackwell_hub": "blackwell"}
+    for dense, packed, kind in FLASH:
+        kinds[dense] = kinds[packed] = kind
+    local(**{name: kinds[name]})
+    package(name).load()
+    flash_checks.opcheck(name, torch.bfloat16 if "sage" in name else torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "kind", "library"),
-    [("sage_hub", "real_sage", "sageattention"), ("flash_hub", "real_flash2", "flash_attn")],
+    [
+        ("sage_hub", "real_sage", "sageattention"),
+        ("flash_hub", "real_flash2", "flash_attn"),
+        ("flash_varlen_hub", "real_flash2", "flash_attn"),
+        ("flash_4_hub", "real_flash4", "flash_attn.cute"),
+    ],
 )
 def test_gpu_real_libraries_in_local_folders(local, name, kind, library):
     """The whole way but the download: set, eager, one graph with our operator, and what ``list --verify`` says."""
@@ -385,3 +403,32 @@ def test_gpu_real_libraries_in_local_folders(local, name, kind, library):
     found = list(cli_verify.outcomes_of([name]))
     assert [one.wrong for one in found] == [""] * len(found)
     assert found[0].errors[0] is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "kind", "library"),
+    [
+        ("flash_hub", "real_flash2", "flash_attn"),
+        ("flash_varlen_hub", "real_flash2", "flash_attn"),
+        ("flash_4_hub", "real_flash4", "flash_attn.cute"),
+    ],
+)
+@pytest.mark.parametrize("mask", ["none", "key_padding"])
+def test_gpu_training_with_dynamic_lengths(local, name, kind, library, mask):
+    """One graph for two lengths; out, lse and gradients against float64."""
+    pytest.importorskip(library)
+    local(**{name: kind})
+    registry.usable(name)
+    torch.compiler.reset()
+    counter = Counter("aot_eager")
+    compiled = torch.compile(
+        lambda **kw: compiled_attn.attention_with_lse(**kw, backend=name), fullgraph=True, dynamic=True, backend=counter
+    )
+    for q_length, k_length in ((33, 70), (100, 130)):
+        case = Case("cuda", torch.bfloat16, q_length=q_length, k_length=k_length, width=64, mask=mask)
+        arguments = case.arguments()
+        right, yardstick = expectations(arguments)
+        for what, *three in zip(NAMES, measured(compiled, arguments), right, yardstick, strict=True):
+            assert_as_good(what, *three, largest(*right[2:]))
+    assert counter.backends() == [[name]]

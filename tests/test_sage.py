@@ -612,17 +612,25 @@ def test_a_release_without_what_we_call_is_a_reason(library):
 # -- the operators
 
 
-@pytest.mark.parametrize("release", ["1.0.6", "2.2.0"])
-@pytest.mark.parametrize("name", ["sage", "sage_varlen"])
+@pytest.mark.parametrize(
+    ("name", "release"), [*((name, "1.0.6") for name in NAMES[:2]), *((name, "2.2.0") for name in NAMES)]
+)
 def test_opcheck(library, name, release):
     library(release)
     utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     entry = registry.find(name)
+    (limits,) = entry.backend.limits
+    keep = torch.rand(2, 1, 17, 33) > 0.4
     for transposed in (False, True):
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) if transposed else x for x in inputs())
-        for keep in (None, padding(k)):
-            arguments = (q, k, v, None, keep, 0.0, 0, None, False, None, False, False)
-            torch.library.opcheck(entry.op, arguments, test_utils=utils)
+        masks = {"none": (None, None), "key_padding": (None, padding(k)), "bool": (keep, None)}
+        masks["float"] = (torch.randn(2, 1, 17, 33).to(q.dtype), None)
+        for kind in limits.masks:
+            for return_lse in (False, True) if name.startswith("_") else (False,):
+                arguments = (q, k, v, *masks[kind], 0.0, 0, None, False, None, False, return_lse)
+                torch.library.opcheck(entry.op, arguments, test_utils=utils)
+    if entry.varlen_op is None:
+        return
     starts = torch.tensor([0, 5, 5, 15], dtype=torch.int32)
     arguments = (*(x[0] for x in inputs(17, 17)), starts, starts, 10, 10, 0.0, 0, None, False, None, False, False)
     torch.library.opcheck(entry.varlen_op, arguments, test_utils=utils)

@@ -363,35 +363,6 @@ def meta(*shapes, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_operators_on_meta_tensors(name):
-    entry = registry.find(name)
-    utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    inputs = meta((2, 5, 4, 16), (2, 7, 2, 16), (2, 7, 2, 16))
-    keep = torch.empty(2, 7, device="meta", dtype=torch.bool)
-    for mask in (None, keep):
-        args = (*inputs, None, mask, 0.0, 0, None, True, None, False, True)
-        torch.library.opcheck(entry.op, args, test_utils=utils)
-    starts = torch.empty(3, device="meta", dtype=torch.int32)
-    args = (
-        *meta((9, 4, 16), (8, 2, 16), (8, 2, 16)),
-        starts,
-        starts.clone(),
-        9,
-        8,
-        0.0,
-        1,
-        None,
-        True,
-        None,
-        False,
-        True,
-    )
-    torch.library.opcheck(entry.varlen_op, args, test_utils=utils)
-    out, lse, state = entry.varlen_op(*args)
-    assert (out.shape, lse.shape, lse.dtype, state.numel()) == ((9, 4, 16), (4, 9), torch.float32, 0)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_compiled_code_calls_the_operator(name):
     """Opaque: one node, in the graph and in what is traced of it."""
     counter = Counter("aot_eager")

@@ -1,16 +1,17 @@
 """Records the signatures of kernel libraries, as published, in the JSON files beside this one.
 
 Wheels (or the sdist of a library without one) are downloaded one at a time into a temporary folder and read with
-``ast``: nothing is installed or imported. What is not on PyPI is read from a file (``--from-file``).
+``ast``: nothing is installed or imported. What is not on PyPI is read from a clone of its repository (``--from``), at
+the revision that LIBRARIES names, whatever is checked out there.
 
-    python tests/signatures/refresh.py                        write every file from the newest releases
+    python tests/signatures/refresh.py                        write every file from the newest releases on PyPI
     python tests/signatures/refresh.py xformers==0.0.35       one library, one version
     python tests/signatures/refresh.py --check                compare instead; exit status 1 when something changed
-    python tests/signatures/refresh.py flash-attn-3 --from-file flash_attn_interface.py --release 3.0.0 \\
-        --source "github.com/Dao-AILab/flash-attention, hopper/flash_attn_interface.py" \\
-        --function flash_attn_interface:flash_attn_func
+    python tests/signatures/refresh.py flash-attn-3 --from ~/flash-attention        what is not on PyPI
+    python tests/signatures/refresh.py something-new --from-file interface.py --release 1.0 \\
+        --source "github.com/somebody/something-new, interface.py" --function interface:attention
 
-To record another function of a library, add it to LIBRARIES.
+To record another function of a library, or a newer revision of a repository, change LIBRARIES.
 """
 
 from __future__ import annotations
@@ -26,11 +27,31 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Clone:
+    """Where a library is read that is not on PyPI: ``files`` of ``repository``, at a tag or commit.
+
+    Several files are read as one, in that order: of functions with one name the last counts. The record is of
+    ``version``, by default the commit itself, and names the files by their paths, or as ``described``.
+    """
+
+    repository: str
+    revision: str
+    files: tuple[str, ...]
+    version: str = ""
+    described: str = ""
+
+    def source(self) -> str:
+        """What the record says of where it is from."""
+        revision = f" {self.revision[:8]}" if self.version else ""
+        return f"{self.repository}{revision}, {self.described or ', '.join(self.files)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +60,7 @@ class Library:
 
     ``schemas`` is a file of operator schemas ("func: name(Tensor x, ...) -> ..."), read for functions that have no
     Python source. ``sdist`` takes the source distribution, whose metadata pip makes with ``environment`` set;
-    ``betas`` is for a library that publishes nothing else.
+    ``betas`` is for a library that publishes nothing else, ``clone`` for one that is not on PyPI.
     """
 
     functions: tuple[str, ...]
@@ -47,11 +68,17 @@ class Library:
     sdist: bool = False
     betas: bool = False
     environment: tuple[tuple[str, str], ...] = ()
+    clone: Clone | None = None
 
 
 def _functions(module: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{module}:{name}" for name in names)
 
+
+_FLASH = "github.com/Dao-AILab/flash-attention"
+_SAGE = ("github.com/thu-ml/SageAttention", "d1a57a546c3d395b1ffcbeecc66d81db76f3b4b5")
+# what the Hub's kernels are built of; the version of such a record is the Hub's
+_HUB = ("github.com/huggingface/kernels-community", "40d4194f48b6775c4be4776ed08035fabb0e758f")
 
 LIBRARIES = {
     "flash-attn": Library(
@@ -121,6 +148,84 @@ LIBRARIES = {
     ),
     "kernels": Library(
         _functions("kernels.load", "get_kernel", "get_local_kernel", "get_locked_kernel", "load_kernel", "has_kernel")
+    ),
+    "flash-attn-2.6.3": Library(
+        _functions(
+            "flash_attn.flash_attn_interface", "_flash_attn_forward", "_flash_attn_varlen_forward",
+            "_flash_attn_backward", "_flash_attn_varlen_backward",
+        ),
+        clone=Clone(_FLASH, "v2.6.3", ("flash_attn/flash_attn_interface.py",), "2.6.3"),
+    ),
+    "flash-attn-3": Library(
+        _functions(
+            "flash_attn_interface", "flash_attn_func", "flash_attn_varlen_func", "_flash_attn_forward",
+            "_flash_attn_backward",
+        ),
+        clone=Clone(
+            _FLASH, "0251105a2fb19d2957484b7f023cd8c115286ced", ("hopper/flash_attn_interface.py",), "3.0.0"
+        ),
+    ),
+    "flash-attn-3-beta": Library(
+        _functions(
+            "flash_attn_interface", "flash_attn_func", "flash_attn_varlen_func", "_flash_attn_forward",
+            "_flash_attn_backward",
+        ),
+        clone=Clone(
+            _FLASH, "0165c96fff7a7cd2e152aa9659f75c972a702f5d", ("hopper/flash_attn_interface.py",), "3.0.0b1"
+        ),
+    ),
+    "flash-attn2-hub": Library(
+        _functions(
+            "flash_attn_interface", "_flash_attn_forward", "_flash_attn_varlen_forward", "_flash_attn_backward",
+            "_flash_attn_varlen_backward",
+        ),
+        clone=Clone(*_HUB, ("flash-attn2/torch-ext/flash_attn2/flash_attn_interface.py",), "3"),
+    ),
+    "flash-attn3-hub": Library(
+        _functions("flash_attn_interface", "_flash_attn_forward", "_flash_attn_backward"),
+        clone=Clone(*_HUB, ("flash-attn3/torch-ext/flash_attn3/flash_attn_interface.py",), "1"),
+    ),
+    "flash-attn4-hub": Library(
+        _functions("interface", "_flash_attn_fwd", "_flash_attn_bwd"),
+        clone=Clone(*_HUB, ("flash-attn4/torch-ext/flash_attn4/interface.py",), "0"),
+    ),
+    "sageattention-2": Library(
+        _functions(
+            "sageattention.core", "sageattn", "sageattn_varlen", "sageattn_qk_int8_pv_fp16_triton",
+            "sageattn_qk_int8_pv_fp16_cuda", "sageattn_qk_int8_pv_fp8_cuda", "sageattn_qk_int8_pv_fp8_cuda_sm90",
+        )
+        + _functions("sageattention.triton.quant_per_block_varlen", "per_block_int8")
+        + _functions("sageattention.triton.attn_qk_int8_block_varlen", "forward"),
+        clone=Clone(
+            *_SAGE,
+            (
+                "sageattention/core.py", "sageattention/triton/quant_per_block_varlen.py",
+                "sageattention/triton/attn_qk_int8_block_varlen.py",
+            ),
+            "2.2.0",
+            "sageattention/core.py and triton/*_varlen.py behind one another",
+        ),
+    ),
+    "sageattention-3": Library(
+        _functions("sageattn3", "sageattn3_blackwell"),
+        clone=Clone(*_SAGE, ("sageattention3_blackwell/sageattn3/api.py",), "3"),
+    ),
+    "sage-attention-hub": Library(
+        _functions("sage_attention", "sageattn", "sageattn3_blackwell"),
+        clone=Clone(
+            *_HUB,
+            tuple(f"sage-attention/torch-ext/sage_attention/{name}.py" for name in ("core", "sm100_compile")),
+            "2",
+            "sage-attention/torch-ext/sage_attention/core.py and sm100_compile.py behind one another",
+        ),
+    ),
+    "aiter-flash-attn-ck": Library(
+        _functions("aiter_flash_attn_ck.mha", "flash_attn_func", "flash_attn_varlen_func"),
+        clone=Clone(*_HUB, ("aiter-flash-attn-ck/torch-ext/aiter_flash_attn_ck/mha.py",)),
+    ),
+    "aiter-flash-attn-ck-hub": Library(
+        _functions("aiter_flash_attn_ck", "flash_attn_func", "flash_attn_varlen_func"),
+        clone=Clone(*_HUB, ("aiter-flash-attn-ck/torch-ext/aiter_flash_attn_ck/mha.py",), "1"),
     ),
 }  # fmt: skip
 
@@ -245,21 +350,51 @@ def read(requirement: str) -> Entry:
         }
 
 
+def read_clone(distribution: str, folder: str) -> Entry:
+    """The same for a library that is not on PyPI, from a clone of its repository in ``folder``."""
+    library = LIBRARIES[distribution]
+    clone = library.clone
+    assert clone is not None
+    text = "\n".join(at_revision(folder, clone, path) for path in clone.files)
+    return {
+        "distribution": distribution,
+        "version": clone.version or clone.revision[:12],
+        "source": clone.source(),
+        "functions": signatures(text, library.functions, " and ".join(clone.files)),
+    }
+
+
+def at_revision(folder: str, clone: Clone, path: str) -> str:
+    """A file as git has it at the revision of ``clone``: what is checked out may be another one."""
+    command = ["git", "-C", folder, "show", f"{clone.revision}:{path}"]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    if done.returncode:
+        raise SystemExit(
+            f"{folder} has no {path} at {clone.revision}; it must be a clone of {clone.repository} (in a shallow one, "
+            f"first git fetch --depth 1 origin {clone.revision}). git: {done.stderr.strip()}"
+        )
+    return done.stdout
+
+
 def read_file(arguments: argparse.Namespace) -> Entry:
-    """The same for a source file that is not on PyPI."""
-    tree = ast.parse(Path(arguments.from_file).read_text())
-    functions = {}
-    for function in arguments.function:
-        found = signature(tree, function.split(":")[1])
-        if found is None:
-            raise SystemExit(f"{arguments.from_file} has no {function}")
-        functions[function] = found
+    """The same for a source file of a library that LIBRARIES does not know."""
+    text = Path(arguments.from_file).read_text()
     return {
         "distribution": arguments.libraries[0],
         "version": arguments.release,
         "source": arguments.source,
-        "functions": functions,
+        "functions": signatures(text, arguments.function, arguments.from_file),
     }
+
+
+def signatures(text: str, functions: Iterable[str], origin: str) -> dict[str, str]:
+    """The signatures of ``functions`` in the source ``text``, which is from ``origin``."""
+    tree = ast.parse(text)
+    found = {function: signature(tree, function.split(":")[1]) for function in functions}
+    missing = [function for function, one in found.items() if one is None]
+    if missing:
+        raise SystemExit(f"{origin} has no {', '.join(missing)}")
+    return {function: one for function, one in found.items() if one is not None}
 
 
 def differences(recorded: Entry, found: Entry) -> list[str]:
@@ -275,22 +410,34 @@ def differences(recorded: Entry, found: Entry) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("libraries", nargs="*", help="distributions, name or name==version (default: all of LIBRARIES)")
+    parser.add_argument("libraries", nargs="*", help="distributions, name or name==version (default: all on PyPI)")
     parser.add_argument("--check", action="store_true", help="compare with the files instead of writing them")
+    parser.add_argument("--from", dest="clone", metavar="FOLDER", help="read a clone of the repository instead of PyPI")
     parser.add_argument("--from-file", help="read this source file instead of PyPI")
     parser.add_argument("--source", help="with --from-file: where the file comes from")
     parser.add_argument("--release", help="with --from-file: its version")
     parser.add_argument("--function", action="append", default=[], help="with --from-file: module:name, repeatable")
     arguments = parser.parse_args()
+    on_pypi = [name for name, library in LIBRARIES.items() if library.clone is None]
+    elsewhere = [name for name in LIBRARIES if name not in on_pypi]
+    entries: Iterable[Entry]
     if arguments.from_file:
         if len(arguments.libraries) != 1 or not (arguments.source and arguments.release and arguments.function):
             parser.error("--from-file needs one name, --source, --release and --function")
-        entries: Iterator[Entry] = iter([read_file(arguments)])
+        entries = [read_file(arguments)]
+    elif arguments.clone:
+        unknown = [name for name in arguments.libraries if name not in elsewhere]
+        if unknown or not arguments.libraries:
+            parser.error(f"--from needs names of {', '.join(elsewhere)}, not {', '.join(unknown) or 'none'}")
+        entries = (read_clone(name, arguments.clone) for name in arguments.libraries)
     else:
-        unknown = [name for name in arguments.libraries if re.split(r"[=<>!~ ]", name)[0] not in LIBRARIES]
+        unknown = [name for name in arguments.libraries if re.split(r"[=<>!~ ]", name)[0] not in on_pypi]
         if unknown:
-            parser.error(f"{', '.join(unknown)}: known are {', '.join(LIBRARIES)}; others need --from-file")
-        entries = (read(requirement) for requirement in arguments.libraries or LIBRARIES)
+            parser.error(
+                f"{', '.join(unknown)}: on PyPI are {', '.join(on_pypi)}; --from is for {', '.join(elsewhere)}; others "
+                "need --from-file"
+            )
+        entries = (read(requirement) for requirement in arguments.libraries or on_pypi)
     changed = 0
     for entry in entries:
         path = HERE / f"{entry['distribution']}.json"
@@ -305,6 +452,8 @@ def main() -> int:
         print(f"{label}, recorded from {recorded['version']}: {'changed' if lines else 'the same'}")
         for line in lines:
             print(f"  {line}")
+    if not arguments.libraries:
+        print(f"not on PyPI, and left as they are (see --from): {', '.join(elsewhere)}")
     return 1 if changed else 0
 
 
