@@ -20,7 +20,9 @@ def operators() -> list[Any]:
             for operator, is_packed in ((entry.op, False), (entry.varlen_op, True)):
                 if operator is not None:
                     found.setdefault(operator._opname, (name, is_packed))  # a partner's serves several
-    return [pytest.param(*one, id=name) for name, one in found.items()]
+    # those of the Hub are made of the functions of the others
+    slow = {name: [pytest.mark.slow] for name, (backend, _) in found.items() if backend.endswith("_hub")}
+    return [pytest.param(*one, id=name, marks=slow.get(name, [])) for name, one in found.items()]
 
 
 @pytest.mark.parametrize(("backend", "is_packed"), operators())

@@ -364,6 +364,7 @@ def test_graphs_and_exported_programs_name_our_operator(name):
         assert [target for target in targets if "attn" in target] == [f"compiled_attn.{operator}.v1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HUB)
 def test_opcheck(local, name):
     """With the stand-in of its library behind it."""
