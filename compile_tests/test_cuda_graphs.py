@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix import backends_and_devices, limits_on, require
+from matrix import absent, backends_and_devices, limits_on, require
 
-from compiled_attn import attention, attention_backend, reference, registry, varlen_attention, why_not
-from compiled_attn.cli_list import fetched
+from compiled_attn import attention, attention_backend, reference, varlen_attention, why_not
 
 pytestmark = pytest.mark.gpu
 
@@ -105,11 +104,7 @@ def test_captured_lengths_are_data(backend, device):
 def test_reduce_overhead_after_swaps():
     """One compiled function, every backend three times round with inputs of its own: never a replay of another's."""
     x = torch.randn(1, 64, 2, 64, device="cuda", dtype=torch.float16)
-    names = [
-        name
-        for name, _ in (one.values for one in DENSE)
-        if not registry.unavailable(name) and fetched(name) and not why_not(name, x, x, x)
-    ]
+    names = [name for name, _ in (one.values for one in DENSE) if not absent(name) and not why_not(name, x, x, x)]
     assert {"native", "_native_cudnn", "flex", "triton"} <= set(names)
     graphs = torch._dynamo.utils.counters["stats"]
     torch.compiler.reset()

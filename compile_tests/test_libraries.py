@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from graphs import Counter
-from matrix import DEVICES, NAMES, Case, assert_as_good, expectations, largest, limits_on, measured
+from matrix import DEVICES, NAMES, Case, absent, assert_as_good, expectations, largest, measured, names_on
 from torch.utils.checkpoint import checkpoint
 
 import compiled_attn
@@ -21,7 +21,6 @@ from compiled_attn import (
     varlen_attention,
     why_not,
 )
-from compiled_attn.cli_list import fetched
 
 # flex compiles a graph of its own, which would be counted with the function's
 LEFT_OUT = ("switch", "flex")
@@ -29,13 +28,8 @@ LEFT_OUT = ("switch", "flex")
 
 def here(device: str, varlen: bool = False) -> list[str]:
     """Backends that run on ``device`` of this machine without a download."""
-    found = []
-    for name in compiled_attn.list_backends():
-        if name in LEFT_OUT or name.startswith(("probe_", "tmp_")) or limits_on(name, device, varlen) is None:
-            continue
-        if not registry.unavailable(name) and fetched(name):
-            found.append(registry.usable(name))
-    return found
+    names = [name for name in names_on(device, varlen) if name not in LEFT_OUT and not absent(name)]
+    return [registry.usable(name) for name in names]
 
 
 def dtype_on(device: str) -> torch.dtype:

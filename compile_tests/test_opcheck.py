@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import stand_in  # noqa: F401  registers a backend
 import torch
-from matrix import limits_on
+from matrix import limits_on, names_on
 
 import compiled_attn
 from compiled_attn import registry
@@ -20,11 +20,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def names(varlen: bool) -> list[str]:
-    return [
-        name
-        for name in compiled_attn.list_backends()
-        if not name.startswith(("probe_", "tmp_")) and name != "flex" and limits_on(name, "cpu", varlen) is not None
-    ]
+    return [name for name in names_on("cpu", varlen) if name != "flex"]
 
 
 def laid_out(layout: str, index: int, length: int, heads: int = 2, width: int = 8) -> torch.Tensor:

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 from graphs import Counter
-from matrix import limits_on
+from matrix import names_on
 from probes import PROBES, factor
 from torch import nn
 
@@ -18,11 +18,7 @@ from compiled_attn import attention, attention_backend, reset_attention_backend,
 
 ONE, TWO, THREE = PROBES[:3]
 X = torch.ones(1, 4, 2, 16)
-OWN = [
-    name
-    for name in compiled_attn.list_backends()
-    if not name.startswith(("probe_", "tmp_")) and name != "flex" and limits_on(name, "cpu") is not None
-]
+OWN = [name for name in names_on("cpu") if name != "flex"]
 MANY = [*OWN, *PROBES]
 
 

@@ -43,11 +43,11 @@ def kernels(package: Any, name: str, masked: bool = False) -> Kernels:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         with on(q.device):
             if masked and (mask is not None or key_padding is not None):
-                return _masked(library, q, k, v, mask, key_padding, scale, return_lse)
+                return _masked(name, library, q, k, v, mask, key_padding, scale, return_lse)
             if key_padding is not None:
                 assert library.packed is not None
                 return _flattened(library.packed, q, k, v, key_padding, False, scale), None, None
-            return _dense(library, q, k, v, None, bool(causal & CAUSAL), scale, return_lse)
+            return _dense(name, library, q, k, v, None, bool(causal & CAUSAL), scale, return_lse)
 
     return Kernels(forward)
 
@@ -120,7 +120,7 @@ def nothing(q: Tensor, return_lse: bool) -> Forward:
 
 
 def _dense(
-    library: Dense, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
+    name: str, library: Dense, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
     return_lse: bool,
 ) -> Forward:  # fmt: skip
     if library.blocks is not None:
@@ -132,8 +132,8 @@ def _dense(
         more = -length % BLOCK_K + 1
         q, v = (F.pad(tensor, (0, 0, 0, 0, 0, more)) for tensor in (q, v))
         k = torch.cat((k, k.mean(1, keepdim=True).expand(-1, more, -1, -1)), 1)
-        _require("sage", too_large(q.shape, k.shape, False))
-        out, lse, _ = _dense(library, q, k, v, mask, is_causal, scale, return_lse)
+        _require(name, too_large(q.shape, k.shape, False))
+        out, lse, _ = _dense(name, library, q, k, v, mask, is_causal, scale, return_lse)
         return out[:, :length], None if lse is None else lse[..., :length], None
     mean = None
     # 2.x subtracts the mean of K while it quantises, which costs nothing. Its lse, however, is put right by a product
@@ -204,8 +204,8 @@ def _without_padding(out: Tensor, share: Tensor) -> Tensor:
 
 
 def _masked(
-    library: Dense, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key_padding: Tensor | None, scale: float,
-    return_lse: bool,
+    name: str, library: Dense, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key_padding: Tensor | None,
+    scale: float, return_lse: bool,
 ) -> Forward:  # fmt: skip
     """The Triton entry with a mask: bool, or additive in units of log 2."""
     if key_padding is not None:
@@ -219,7 +219,7 @@ def _masked(
         # scores are in base 2 inside, which the kernel forgets for the mask; -inf would give it inf - inf
         smallest = torch.finfo(q.dtype).min
         mask = (mask.float() * LOG2_E).clamp(min=smallest).to(q.dtype)
-    out, lse, _ = _dense(library, q, k, v, mask, False, scale, return_lse)
+    out, lse, _ = _dense(name, library, q, k, v, mask, False, scale, return_lse)
     out = out.masked_fill(empty.transpose(1, 2), 0.0)
     return out, None if lse is None else lse.masked_fill(empty.squeeze(-1), -math.inf), None
 

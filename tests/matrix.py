@@ -49,21 +49,32 @@ def limits_on(name: str, device: str, varlen: bool = False) -> Limits | None:
     return None
 
 
+def names_on(device: str, varlen: bool = False) -> list[str]:
+    """Every backend, but for those that tests register for themselves, whose Limits name ``device``."""
+    return [
+        name
+        for name in compiled_attn.list_backends()
+        if not name.startswith(("probe_", "tmp_")) and limits_on(name, device, varlen) is not None
+    ]
+
+
 def backends_and_devices(varlen: bool = False) -> list[Any]:
     """Parameters (backend, device) for every backend whose Limits name the device; CUDA's carry the gpu mark."""
     found = []
     for device in ("cpu", "cuda"):
         marks = [pytest.mark.gpu] if device == "cuda" else []
-        for name in compiled_attn.list_backends():
-            if not name.startswith(("probe_", "tmp_")) and limits_on(name, device, varlen) is not None:
-                found.append(pytest.param(name, device, id=f"{name}-{device}", marks=marks))
+        found += [pytest.param(name, device, id=f"{name}-{device}", marks=marks) for name in names_on(device, varlen)]
     return found
+
+
+def absent(name: str) -> list[str]:
+    """Why backend ``name`` cannot run here without a download; empty when it can."""
+    return registry.unavailable(name) or ([] if fetched(name) else ["its kernel is not fetched yet"])
 
 
 def require(name: str) -> None:
     """Skip, with the reasons, where backend ``name`` lacks a package or its kernel was never fetched; else load it."""
-    missing = registry.unavailable(name) or ([] if fetched(name) else ["its kernel is not fetched yet"])
-    if missing:
+    if missing := absent(name):
         pytest.skip("; ".join(missing))
     registry.usable(name)
 

@@ -358,7 +358,7 @@ def test_graphs_and_exported_programs_name_our_operator(name):
     with torch.no_grad():
         assert torch.compile(Model(), backend=counter, fullgraph=True)(x).shape == x.shape
         program = torch.export.export(Model(), (x,))
-    operator = f"{name}_dense" if registry.backend_info(name).packed else name
+    operator, _ = registry.backend_info(name).operator_names()
     for graph in (counter.graphs[0].graph, program.graph):
         targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
         assert [target for target in targets if "attn" in target] == [f"compiled_attn.{operator}.v1"]
@@ -376,16 +376,16 @@ def test_opcheck(local, name):
     flash_checks.opcheck(name, torch.bfloat16 if "sage" in name else torch.float32)
 
 
+# backend, kind of folder, the library it is made of
+REAL_FLASH = [
+    ("flash_hub", "real_flash2", "flash_attn"),
+    ("flash_varlen_hub", "real_flash2", "flash_attn"),
+    ("flash_4_hub", "real_flash4", "flash_attn.cute"),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("name", "kind", "library"),
-    [
-        ("sage_hub", "real_sage", "sageattention"),
-        ("flash_hub", "real_flash2", "flash_attn"),
-        ("flash_varlen_hub", "real_flash2", "flash_attn"),
-        ("flash_4_hub", "real_flash4", "flash_attn.cute"),
-    ],
-)
+@pytest.mark.parametrize(("name", "kind", "library"), [("sage_hub", "real_sage", "sageattention"), *REAL_FLASH])
 def test_gpu_real_libraries_in_local_folders(local, name, kind, library):
     """The whole way but the download: set, eager, one graph with our operator, and what ``list --verify`` says."""
     pytest.importorskip(library)
@@ -400,21 +400,14 @@ def test_gpu_real_libraries_in_local_folders(local, name, kind, library):
         actual = compiled(q, k, v)
     torch.testing.assert_close(actual, expected + 1, rtol=0, atol=0)
     targets = [str(node.target) for node in counter.graphs[0].graph.nodes if node.op == "call_function"]
-    assert f"compiled_attn.{name}.v1" in targets
+    assert f"compiled_attn.{registry.backend_info(name).operator_names()[0]}.v1" in targets
     found = list(cli_verify.outcomes_of([name]))
     assert [one.wrong for one in found] == [""] * len(found)
     assert found[0].errors[0] is not None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("name", "kind", "library"),
-    [
-        ("flash_hub", "real_flash2", "flash_attn"),
-        ("flash_varlen_hub", "real_flash2", "flash_attn"),
-        ("flash_4_hub", "real_flash4", "flash_attn.cute"),
-    ],
-)
+@pytest.mark.parametrize(("name", "kind", "library"), REAL_FLASH)
 @pytest.mark.parametrize("mask", ["none", "key_padding"])
 def test_gpu_training_with_dynamic_lengths(local, name, kind, library, mask):
     """One graph for two lengths; out, lse and gradients against float64."""

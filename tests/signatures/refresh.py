@@ -76,6 +76,18 @@ def _functions(module: str, *names: str) -> tuple[str, ...]:
 
 
 _FLASH = "github.com/Dao-AILab/flash-attention"
+
+
+def _flash_3(revision: str, version: str) -> Library:
+    return Library(
+        _functions(
+            "flash_attn_interface", "flash_attn_func", "flash_attn_varlen_func", "_flash_attn_forward",
+            "_flash_attn_backward",
+        ),
+        clone=Clone(_FLASH, revision, ("hopper/flash_attn_interface.py",), version),
+    )  # fmt: skip
+
+
 _SAGE = ("github.com/thu-ml/SageAttention", "d1a57a546c3d395b1ffcbeecc66d81db76f3b4b5")
 # what the Hub's kernels are built of; the version of such a record is the Hub's
 _HUB = ("github.com/huggingface/kernels-community", "40d4194f48b6775c4be4776ed08035fabb0e758f")
@@ -156,24 +168,8 @@ LIBRARIES = {
         ),
         clone=Clone(_FLASH, "v2.6.3", ("flash_attn/flash_attn_interface.py",), "2.6.3"),
     ),
-    "flash-attn-3": Library(
-        _functions(
-            "flash_attn_interface", "flash_attn_func", "flash_attn_varlen_func", "_flash_attn_forward",
-            "_flash_attn_backward",
-        ),
-        clone=Clone(
-            _FLASH, "0251105a2fb19d2957484b7f023cd8c115286ced", ("hopper/flash_attn_interface.py",), "3.0.0"
-        ),
-    ),
-    "flash-attn-3-beta": Library(
-        _functions(
-            "flash_attn_interface", "flash_attn_func", "flash_attn_varlen_func", "_flash_attn_forward",
-            "_flash_attn_backward",
-        ),
-        clone=Clone(
-            _FLASH, "0165c96fff7a7cd2e152aa9659f75c972a702f5d", ("hopper/flash_attn_interface.py",), "3.0.0b1"
-        ),
-    ),
+    "flash-attn-3": _flash_3("0251105a2fb19d2957484b7f023cd8c115286ced", "3.0.0"),
+    "flash-attn-3-beta": _flash_3("0165c96fff7a7cd2e152aa9659f75c972a702f5d", "3.0.0b1"),
     "flash-attn2-hub": Library(
         _functions(
             "flash_attn_interface", "_flash_attn_forward", "_flash_attn_varlen_forward", "_flash_attn_backward",
