@@ -110,7 +110,7 @@ def compiled(kind: str, target: str, head_dim: int, variant: str) -> tuple[Any, 
 def hopper(head_dim: int, variant: str) -> tuple[Any, Any]:
     """The Gluon kernel in the configuration shipped, with the descriptors that its launcher makes."""
     kernel, more = _hopper_launch.hopper_forward, HOPPER[variant]
-    config = _hopper_launch.choose(head_dim, "RIGHT" in more or "LEFT" in more)
+    config = _hopper_launch.choose(head_dim, "RIGHT" in more or "LEFT" in more, "VARLEN" in more)
     width = _hopper_launch.width_of(head_dim)
     flags = ("LEFT", "RIGHT", "LOWER_RIGHT", "VARLEN", "LISTED")
     constants: dict[str, Any] = {
@@ -188,6 +188,34 @@ def copies(code: str) -> list[tuple[str, bool]]:
     return found
 
 
+def moved(code: str) -> list[int]:
+    """Of each turn at the tensor cores: numbers that go to uniform registers in front of its first product. A slot's
+    number that ptxas takes for different in each thread costs 32 of them, and 35 instructions to compute them.
+    """
+    return [one.count("R2UR") for one in re.findall(r"BAR\.SYNC\S* 0x(?:8|9|a)\b(.*?)HGMMA", code, re.S)]
+
+
+def shared_copies(code: str) -> list[tuple[str, bool]]:
+    """What :func:`copies` says, of programs in pairs, whose copies are inline PTX: of ptx, the register of the row, and
+    whether the innermost loop around the copy writes it.
+    """
+    lines = code.splitlines()
+    places = {line.split(":")[0]: index for index, line in enumerate(lines) if line.startswith("$L__BB")}
+    loops = []
+    for index, line in enumerate(lines):
+        jump = re.search(r"\bbra(?:\.uni)? \t?(\$L__BB\w+);", line)
+        if jump and places[jump[1]] < index:
+            loops.append((places[jump[1]], index))
+    found = []
+    for index, line in enumerate(lines):
+        copy = re.search(r"multicast::cluster \[d\], \[m, \{%r\d+, (%r\d+), ", line)
+        if copy:
+            begin, end = min((loop for loop in loops if loop[0] < index < loop[1]), key=lambda loop: loop[1] - loop[0])
+            written = any(re.match(rf"\s*[\w.]+\s+{copy[1]}, ", one) for one in lines[begin:end])
+            found.append((copy[1], written))
+    return found
+
+
 def nvidia(kernel: Any, target: str) -> dict[str, Any]:
     """Spilled bytes, ptxas's warnings about serialised wgmma, descriptors made of a register that nobody set."""
     with tempfile.TemporaryDirectory() as folder:
@@ -208,6 +236,7 @@ def nvidia(kernel: Any, target: str) -> dict[str, Any]:
         "descriptors": wrong_descriptors(code),
         "beside": beside_the_product(code),
         "barriers": barriers(code),
+        "moved": moved(code),
     }
 
 
@@ -269,6 +298,9 @@ def main(targets: list[str], widths: list[int], variants: list[str], kinds: list
                     report["config"] = str(config)
                     if kind == "hopper":
                         report["copies"] = copies(kernel.asm["ttgir"])
+                        if config.paired:
+                            report["copies"] = shared_copies(kernel.asm["ptx"])
+                            _hopper_launch.check_pairs(config, 128, variant == "listed", kernel.asm["ptx"])
                     found[f"{target} {kind} {head_dim} {variant}"] = report
     json.dump(found, sys.stdout)
     print()

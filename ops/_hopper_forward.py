@@ -24,7 +24,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._hopper_tiles import FAR, FREE, ROWS, TURN, await_turn, give_back, keys_of, pass_turn, place_of, produce, turn_of
+from ._hopper_pairs import ROOM, announce, half, idle, meet
+from ._hopper_tiles import (
+    FAR,
+    FREE,
+    ROWS,
+    TURN,
+    await_turn,
+    give_back,
+    keys_of,
+    pass_turn,
+    place_of,
+    produce,
+    rounds_of,
+    turn_of,
+)
 
 
 @gluon.jit
@@ -90,14 +104,13 @@ def soften(scores, lifted, total, fade, scale):
 
 @gluon.jit
 def walk(
-    acc, weights, top, total, query, slots, barriers, step_from, step_to, done, blocks, begin, end, rows, left, right,
-    scale, never,
+    acc, weights, top, total, query, slots, barriers, step_from, step_to, done, blocks, begin, end, rows, left,
+    right, scale, never,
     part: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, CHECK: gl.constexpr, CONSUMERS: gl.constexpr,
     BLOCK_K: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, ALTERNATE: gl.constexpr, NAMED: gl.constexpr,
-    s_layout: gl.constexpr, o_layout: gl.constexpr,
+    PAIRED: gl.constexpr, BEHIND: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Blocks ``step_from`` to ``step_to``, counted from the last: scores of each, and the product of the one before."""
-    _, k_slots, v_slots = slots
     _, _, k_full, k_empty, v_full, v_empty = barriers
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     start = gl.zeros([ROWS, BLOCK_K], gl.float32, layout=s_layout)
@@ -108,13 +121,13 @@ def walk(
         mbarrier.wait(k_full.index(k_slot), (number // K_SLOTS) & 1)
         if ALTERNATE:
             await_turn(part)
-        scores = warpgroup_mma(query, k_slots.index(k_slot).permute((1, 0)), start, use_acc=False, is_async=True)
+        scores = warpgroup_mma(query, slots.index(k_slot).permute((1, 0)), start, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(v_slot), ((number - 1) // V_SLOTS) & 1)
-        product = warpgroup_mma(weights, v_slots.index(v_slot), acc, is_async=True)
+        product = warpgroup_mma(weights, slots.index(K_SLOTS + v_slot), acc, is_async=True)
         if ALTERNATE:
             pass_turn((part + 1) % CONSUMERS)
         scores = warpgroup_mma_wait(1, deps=(scores,))
-        give_back(k_empty, k_slot, 0, CONSUMERS, NAMED)
+        give_back(k_empty, k_slot, 0, CONSUMERS, NAMED, PAIRED, BEHIND)
         if CHECK:
             scores = hide(
                 scores, rows, begin + (blocks - 1 - step) * BLOCK_K, end, left, right, LEFT, RIGHT, BLOCK_K, s_layout
@@ -125,7 +138,7 @@ def walk(
         if never > 0:
             mbarrier.wait(k_full.index(k_slot), never)
         acc = warpgroup_mma_wait(0, deps=(product,))
-        give_back(v_empty, v_slot, K_SLOTS, CONSUMERS, NAMED)
+        give_back(v_empty, v_slot, K_SLOTS, CONSUMERS, NAMED, PAIRED, BEHIND)
         acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, o_layout))[:, None]
         fresh, total = soften(scores, lifted, total, fade, scale)
         weights = gl.convert_layout(fresh.to(weights.dtype), p_layout)
@@ -134,13 +147,15 @@ def walk(
 
 @gluon.jit
 def consume(
-    part: gl.constexpr, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
+    part: gl.constexpr, Lse, out_rows, parts, slots, barriers, tables, turns, sizes, left, right, scale, never,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, VARLEN: gl.constexpr, LISTED: gl.constexpr,
     LSE: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, Q_SLOTS: gl.constexpr, K_SLOTS: gl.constexpr,
     V_SLOTS: gl.constexpr, WIDTH: gl.constexpr, ALTERNATE: gl.constexpr, HELD: gl.constexpr, NAMED: gl.constexpr,
+    PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``part`` of the computing ones: rows part * 64 to part * 64 + 63 of each tile."""
     BLOCK_Q: gl.constexpr = CONSUMERS * ROWS
+    SPAN: gl.constexpr = BLOCK_Q * (2 if PAIRED else 1)
     q_tile: gl.constexpr = [1, 1, 1, ROWS, WIDTH]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 16]
@@ -152,20 +167,26 @@ def consume(
     dtype: gl.constexpr = out_rows.dtype
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
-    q_slots, k_slots, v_slots = slots
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    # bytes of all tiles
+    BEHIND: gl.constexpr = 2 * WIDTH * ((K_SLOTS + V_SLOTS) * BLOCK_K + Q_SLOTS * BLOCK_Q)
     Plan, Count, _whole = tables
     _, heads, _, q_length, _, _ = sizes
     done = 0
     taken = 0
     if ALTERNATE and part == CONSUMERS - 1:
         pass_turn(0)
-    for round in range((turns + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        program = turn_of(round)
+    if PAIRED:
+        meet(4)
+    for round in range(rounds_of(turns, PAIRED)):
+        program = turn_of(round, PAIRED)
         number, head, first, q_from, q_rest, k_rest, q_outer, q_inner, _k_outer, _k_inner = place_of(
-            gl.minimum(program, turns - 1), Plan, sizes, RIGHT, VARLEN, BLOCK_Q
+            gl.minimum(program, turns - 1), Plan, sizes, RIGHT, VARLEN, SPAN
         )
         if (program < turns) & (first < q_rest):
+            if PAIRED:
+                # rows behind the last are none: read as zeros, not written
+                first += half() * BLOCK_Q
             begin, end, shift, blocks, plain_begin, plain_end = keys_of(
                 first, q_rest, k_rest, left, right, LEFT, RIGHT, LOWER_RIGHT, BLOCK_Q, BLOCK_K
             )
@@ -184,7 +205,7 @@ def consume(
             acc = gl.zeros([ROWS, WIDTH], gl.float32, layout=o_layout)
             start = gl.zeros([ROWS, BLOCK_K], gl.float32, layout=s_layout)
             mine = (taken % Q_SLOTS) * CONSUMERS + part
-            q_slot = q_slots.index(mine)
+            q_slot = parts.index(mine)
             slot = done % K_SLOTS
             mbarrier.wait(q_full.index(mine), (taken // Q_SLOTS) & 1)
             if HELD:
@@ -192,9 +213,9 @@ def consume(
             else:
                 query = q_slot
             mbarrier.wait(k_full.index(slot), (done // K_SLOTS) & 1)
-            scores = warpgroup_mma(query, k_slots.index(slot).permute((1, 0)), start, use_acc=False, is_async=True)
+            scores = warpgroup_mma(query, slots.index(slot).permute((1, 0)), start, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=(scores,))
-            give_back(k_empty, slot, 0, CONSUMERS, NAMED)
+            give_back(k_empty, slot, 0, CONSUMERS, NAMED, PAIRED, BEHIND)
             if cut:
                 scores = hide(scores, rows, place, end, left, right, LEFT, RIGHT, BLOCK_K, s_layout)
             top, lifted, fade = lift(scores, top, scale, True)
@@ -211,24 +232,27 @@ def consume(
                 acc, weights, top, total = walk(
                     acc, weights, top, total, query, slots, barriers, 1, tested, done, blocks, begin, end,
                     rows, left, right, scale, never,
-                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, NAMED, s_layout, o_layout,
+                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, NAMED, PAIRED, BEHIND,
+                    s_layout, o_layout,
                 )  # fmt: skip
             acc, weights, top, total = walk(
                 acc, weights, top, total, query, slots, barriers, tested, plain_end, done, blocks, begin, end,
                 rows, left, right, scale, never,
-                part, LEFT, RIGHT, False, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, NAMED, s_layout, o_layout,
+                part, LEFT, RIGHT, False, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, NAMED, PAIRED, BEHIND,
+                s_layout, o_layout,
             )  # fmt: skip
             if LEFT:
                 plain_end = gl.maximum(plain_end, tested)
                 acc, weights, top, total = walk(
                     acc, weights, top, total, query, slots, barriers, plain_end, blocks, done, blocks, begin, end,
                     rows, left, right, scale, never,
-                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, NAMED, s_layout, o_layout,
+                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, NAMED, PAIRED, BEHIND,
+                    s_layout, o_layout,
                 )  # fmt: skip
             done += blocks
             slot = (done - 1) % V_SLOTS
             mbarrier.wait(v_full.index(slot), ((done - 1) // V_SLOTS) & 1)
-            product = warpgroup_mma(weights, v_slots.index(slot), acc, is_async=True)
+            product = warpgroup_mma(weights, slots.index(K_SLOTS + slot), acc, is_async=True)
             share = 1.0 / gl.where(total == 0.0, 1.0, total)
             if LSE:
                 # an empty row: -inf + log2(0)
@@ -239,7 +263,7 @@ def consume(
                     lse_from = (number.to(gl.int64) * heads + head) * q_length
                 gl.store(Lse + lse_from + within, lse, mask=within < q_rest)
             acc = warpgroup_mma_wait(0, deps=(product,))
-            give_back(v_empty, slot, K_SLOTS, CONSUMERS, NAMED)
+            give_back(v_empty, slot, K_SLOTS, CONSUMERS, NAMED, PAIRED, BEHIND)
             acc = acc * gl.convert_layout(share, o_row)[:, None]
             # nobody reads these rows of Q again: their slot takes those of the result
             q_slot.store(acc.to(dtype))
@@ -256,6 +280,8 @@ def consume(
                 mbarrier.arrive(q_empty.index(part), count=1)
             taken += 1
     tma.store_wait(0)
+    if PAIRED:
+        meet(4)
 
 
 # these vary from call to call without a new kernel
@@ -269,7 +295,7 @@ def hopper_forward(
     GROUP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, VARLEN: gl.constexpr,
     LISTED: gl.constexpr, LSE: gl.constexpr, WIDTH: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr,
     Q_SLOTS: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
-    ALTERNATE: gl.constexpr, HELD: gl.constexpr, NAMED: gl.constexpr,
+    ALTERNATE: gl.constexpr, HELD: gl.constexpr, NAMED: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Out and Lse of dense (B, S, H, D) or packed (T, H, D) tensors, the first six as TMA descriptors of rank 5.
 
@@ -278,55 +304,85 @@ def hopper_forward(
     tile_plan's, Count, Whole and the copies are key_blocks' and gather_keys' (packed over the batch), where VARLEN and
     LISTED ask for them. ``scale`` is positive and for base 2. ``never`` is 0. ALTERNATE: the warpgroups take turns
     at the tensor cores. HELD: rows of Q stay in registers, so that a step reads a fifth less of shared memory.
-    NAMED: slots of K and V, at most 5, are given back through named barriers.
+    NAMED: slots of K and V, at most 5, are given back through named barriers. PAIRED: programs work in pairs, as
+    _hopper_pairs.py has it; neither packed sequences nor positions.
     """
     gl.static_assert(TURN + CONSUMERS <= FREE)
+    gl.static_assert(not PAIRED or not (NAMED or VARLEN or LEFT or RIGHT))
     gl.static_assert(not NAMED or FREE + K_SLOTS + V_SLOTS <= 16, "there are 16 named barriers")
     dtype: gl.constexpr = q_rows.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], dtype)
-    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, WIDTH], dtype)
     one: gl.constexpr = mbarrier.MBarrierLayout()
-    q_slots = gl.allocate_shared_memory(dtype, [Q_SLOTS * CONSUMERS, ROWS, WIDTH], q_layout)
-    k_slots = gl.allocate_shared_memory(dtype, [K_SLOTS, BLOCK_K, WIDTH], k_layout)
-    v_slots = gl.allocate_shared_memory(dtype, [V_SLOTS, BLOCK_K, WIDTH], k_layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [Q_SLOTS * CONSUMERS, 1], one)
-    q_empty = gl.allocate_shared_memory(gl.int64, [Q_SLOTS * CONSUMERS, 1], one)
-    k_full = gl.allocate_shared_memory(gl.int64, [K_SLOTS, 1], one)
-    k_empty = gl.allocate_shared_memory(gl.int64, [K_SLOTS, 1], one)
-    v_full = gl.allocate_shared_memory(gl.int64, [V_SLOTS, 1], one)
-    v_empty = gl.allocate_shared_memory(gl.int64, [V_SLOTS, 1], one)
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, WIDTH], dtype)
+    # The larger the nearer to the front: the inline PTX of pairs has to know where everything is. So there are more
+    # mbarriers than are used, each kind takes more than what Triton hands to the partitions there (about 200 bytes).
+    slots = gl.allocate_shared_memory(dtype, [K_SLOTS + V_SLOTS, BLOCK_K, WIDTH], k_layout)
+    parts = gl.allocate_shared_memory(dtype, [Q_SLOTS * CONSUMERS, ROWS, WIDTH], q_layout)
+    k_empty = gl.allocate_shared_memory(gl.int64, [ROOM[0], 1], one)
+    v_empty = gl.allocate_shared_memory(gl.int64, [ROOM[1], 1], one)
+    k_full = gl.allocate_shared_memory(gl.int64, [ROOM[2], 1], one)
+    v_full = gl.allocate_shared_memory(gl.int64, [ROOM[3], 1], one)
+    q_full = gl.allocate_shared_memory(gl.int64, [ROOM[4], 1], one)
+    q_empty = gl.allocate_shared_memory(gl.int64, [ROOM[5], 1], one)
+    # in pairs the warps of both
+    givers: gl.constexpr = CONSUMERS * (8 if PAIRED else 1)
     for index in gl.static_range(Q_SLOTS * CONSUMERS):
         mbarrier.init(q_full.index(index), count=1)
         mbarrier.init(q_empty.index(index), count=1)
     for index in gl.static_range(K_SLOTS):
         mbarrier.init(k_full.index(index), count=1)
-        mbarrier.init(k_empty.index(index), count=CONSUMERS)
+        mbarrier.init(k_empty.index(index), count=givers)
     for index in gl.static_range(V_SLOTS):
         mbarrier.init(v_full.index(index), count=1)
-        mbarrier.init(v_empty.index(index), count=CONSUMERS)
+        mbarrier.init(v_empty.index(index), count=givers)
+    if PAIRED:
+        announce()
     fence_async_shared()
-    slots = (q_slots, k_slots, v_slots)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     tables = (Plan, Count, Whole)
     sizes = (tiles, heads, batch, q_length, k_length, together)
     # the loading one is a single warp: four would be 6 % of all instructions, and 4 % of the time of cross attention
-    if CONSUMERS == 2:
+    if PAIRED:
         gl.warp_specialize(
             [
                 (consume, (
-                    0, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
+                    0, Lse, out_rows, parts, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, ALTERNATE, HELD, NAMED,
+                    WIDTH, ALTERNATE, HELD, NAMED, PAIRED,
                 )),
                 (consume, (
-                    1, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
+                    1, Lse, out_rows, parts, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, ALTERNATE, HELD, NAMED,
+                    WIDTH, ALTERNATE, HELD, NAMED, PAIRED,
                 )),
                 (produce, (
-                    q_rows, k_rows, v_rows, k_copies, v_copies, slots, barriers, tables, room, turns, sizes, left,
-                    right, GROUP, LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS,
-                    V_SLOTS, WIDTH, NAMED,
+                    q_rows, k_rows, v_rows, k_copies, v_copies, parts, slots, barriers, tables, room, turns, sizes,
+                    left, right, GROUP, LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS,
+                    V_SLOTS, WIDTH, NAMED, PAIRED,
+                )),
+                (idle, (2,)),
+                (idle, (1,)),
+            ],
+            [4, 1, 2, 1],
+            [REGISTERS, 24, 24, 24],
+        )  # fmt: skip
+    elif CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    0, Lse, out_rows, parts, slots, barriers, tables, turns, sizes, left, right, scale, never,
+                    LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
+                    WIDTH, ALTERNATE, HELD, NAMED, PAIRED,
+                )),
+                (consume, (
+                    1, Lse, out_rows, parts, slots, barriers, tables, turns, sizes, left, right, scale, never,
+                    LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
+                    WIDTH, ALTERNATE, HELD, NAMED, PAIRED,
+                )),
+                (produce, (
+                    q_rows, k_rows, v_rows, k_copies, v_copies, parts, slots, barriers, tables, room, turns, sizes,
+                    left, right, GROUP, LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS,
+                    V_SLOTS, WIDTH, NAMED, PAIRED,
                 )),
             ],
             [4, 1],
@@ -336,24 +392,24 @@ def hopper_forward(
         gl.warp_specialize(
             [
                 (consume, (
-                    0, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
+                    0, Lse, out_rows, parts, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, ALTERNATE, HELD, NAMED,
+                    WIDTH, ALTERNATE, HELD, NAMED, PAIRED,
                 )),
                 (consume, (
-                    1, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
+                    1, Lse, out_rows, parts, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, ALTERNATE, HELD, NAMED,
+                    WIDTH, ALTERNATE, HELD, NAMED, PAIRED,
                 )),
                 (consume, (
-                    2, Lse, out_rows, slots, barriers, tables, turns, sizes, left, right, scale, never,
+                    2, Lse, out_rows, parts, slots, barriers, tables, turns, sizes, left, right, scale, never,
                     LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, LSE, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS, V_SLOTS,
-                    WIDTH, ALTERNATE, HELD, NAMED,
+                    WIDTH, ALTERNATE, HELD, NAMED, PAIRED,
                 )),
                 (produce, (
-                    q_rows, k_rows, v_rows, k_copies, v_copies, slots, barriers, tables, room, turns, sizes, left,
-                    right, GROUP, LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS,
-                    V_SLOTS, WIDTH, NAMED,
+                    q_rows, k_rows, v_rows, k_copies, v_copies, parts, slots, barriers, tables, room, turns, sizes,
+                    left, right, GROUP, LEFT, RIGHT, LOWER_RIGHT, VARLEN, LISTED, CONSUMERS, BLOCK_K, Q_SLOTS, K_SLOTS,
+                    V_SLOTS, WIDTH, NAMED, PAIRED,
                 )),
             ],
             [4, 4, 1],

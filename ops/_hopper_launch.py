@@ -15,9 +15,10 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from compiled_attn.spec import ALIGN_LOWER_RIGHT, CAUSAL
+from compiled_attn.spec import ALIGN_LOWER_RIGHT, CAUSAL, report
 
 from ._hopper_forward import hopper_forward
+from ._hopper_pairs import misplaced
 from ._hopper_plan import RECORD, gather_keys, key_blocks, tile_plan
 from ._quick_launch import launch, on
 
@@ -43,7 +44,7 @@ class Config:
     of a computing thread (of the first warpgroup: at least; it gets what is left).
 
     ``alternate``: the warpgroups take turns at the tensor cores. ``held``: rows of Q stay in registers. ``named``: the
-    slots of K and V, at most 5, are given back through named barriers.
+    slots of K and V, at most 5, are given back through named barriers. ``paired``: two programs share what they load.
     """
 
     consumers: int
@@ -55,24 +56,27 @@ class Config:
     alternate: bool = True
     held: bool = False
     named: bool = False
+    paired: bool = False
 
     def constants(self) -> dict[str, Any]:
         """What the kernel is compiled for, in the order of its parameters."""
         return {
             "CONSUMERS": self.consumers, "BLOCK_K": self.block_k, "Q_SLOTS": self.q_slots, "K_SLOTS": self.k_slots,
             "V_SLOTS": self.v_slots, "REGISTERS": self.registers, "ALTERNATE": self.alternate, "HELD": self.held,
-            "NAMED": self.named,
+            "NAMED": self.named, "PAIRED": self.paired,
         }  # fmt: skip
 
 
-# head columns in shared memory -> configuration, and the one for causal masks and windows
-TABLE: dict[int, tuple[Config, Config]] = {
-    64: (Config(3, 128, 2, 3, 4, 160), Config(2, 128, 2, 3, 4, 240)),
+# head columns in shared memory -> configuration of dense calls, of packed ones, and of causal masks and windows
+_WIDE = Config(2, 64, 1, 2, 3, 240, alternate=False)
+_NAMED = Config(2, 128, 2, 2, 3, 240, held=True, named=True)
+TABLE: dict[int, tuple[Config, Config, Config]] = {
+    64: (Config(3, 128, 2, 3, 4, 160), Config(3, 128, 2, 3, 4, 160), Config(2, 128, 2, 3, 4, 240)),
     # Q in registers: 1.01 flux and wan480; 0.96 of the speed where a loop with tests needs the registers. Named
     # barriers: 1.01 flux, 1.02 wan480 and cross, level causal; 0.985 at 64 columns (with numbers 5 to 7 for turns)
-    128: (Config(2, 128, 2, 2, 3, 240, held=True, named=True), Config(2, 128, 2, 2, 3, 240, named=True)),
+    128: (Config(2, 128, 2, 2, 3, 240, held=True, paired=True), _NAMED, Config(2, 128, 2, 2, 3, 240, named=True)),
     # without turns: as fast, and less to wait for
-    256: (Config(2, 64, 1, 2, 3, 240, alternate=False), Config(2, 64, 1, 2, 3, 240, alternate=False)),
+    256: (_WIDE, _WIDE, _WIDE),
 }
 
 
@@ -85,9 +89,9 @@ def width_of(head_dim: int) -> int:
     return next(width for width in TABLE if head_dim <= width)
 
 
-def choose(head_dim: int, positional: bool) -> Config:
+def choose(head_dim: int, positional: bool, packed: bool) -> Config:
     """The configuration for a head_dim; ``positional``: with a causal mask or a window."""
-    return TABLE[width_of(head_dim)][int(positional)]
+    return TABLE[width_of(head_dim)][2 if positional else int(packed)]
 
 
 @functools.cache
@@ -124,6 +128,17 @@ def _descriptor(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
         sizes = [1, shape[0], shape[2], shape[1], shape[3]]
         steps = [8, strides[0], strides[2], strides[1], 1]
     return TensorDescriptor(tensor, sizes, steps, [1, 1, 1, rows, width], layout(width))
+
+
+def check_pairs(config: Config, width: int, listed: bool, ptx: str) -> None:
+    """Raise NotImplementedError unless a kernel compiled for pairs keeps things where its inline PTX looks for them."""
+    parts, slots = config.q_slots * config.consumers, (config.k_slots, config.v_slots)
+    of_slots = 2 * sum(slots) * config.block_k * width
+    found = misplaced(ptx, of_slots, of_slots + 2 * parts * ROWS * width, (*slots, *slots, parts, parts), listed)
+    if found:
+        raise NotImplementedError(
+            report("triton_hopper: this triton lays its kernel out otherwise; take backend 'triton':", found)
+        )
 
 
 def folded(tensor: Tensor) -> Tensor:
@@ -187,8 +202,8 @@ def forward(
     left, right = min(left, FAR), min(right, FAR)
     width = width_of(head_dim)
     if config is None:
-        config = choose(head_dim, left >= 0 or right >= 0)
-    block_q = config.consumers * ROWS
+        config = choose(head_dim, left >= 0 or right >= 0, packed)
+    block_q = config.consumers * ROWS * (2 if config.paired else 1)
     together = 1
     if right >= 0:
         together = max(_TOGETHER // (4 * max(k_length, 1) * width), 1)
@@ -213,7 +228,8 @@ def forward(
             turns = tiles * heads * batch
             plan = out
             together = min(together, heads * batch)
-        programs = min(turns, _processors(q.device.index))
+        processors = _processors(q.device.index)
+        programs = min(turns, processors // 2 if config.paired else processors)
         rows = [_descriptor(tensor, config.block_k, width) for tensor in (k, v)]
         if listed is not None:
             copies = [_descriptor(tensor, config.block_k, width) for tensor in listed.copies]
@@ -230,5 +246,6 @@ def forward(
                 "LSE": return_lse, "WIDTH": width, **config.constants(),
             },
             4, q.device.index,
+            functools.partial(check_pairs, config, width, listed is not None) if config.paired else None,
         )  # fmt: skip
     return out, lse

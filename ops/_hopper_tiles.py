@@ -10,6 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from ._hopper_pairs import K_FULL, V_FULL, copy_to_both, give_to_both, half, meet
+
 # rows of one computing warpgroup: its matrix instruction has 64
 ROWS = gl.constexpr(64)
 # Two leading dimensions make a TMA descriptor end where a sequence ends: FAR in the first and the end of the sequence
@@ -58,9 +60,14 @@ def pass_turn(part: gl.constexpr):
 
 
 @gluon.jit
-def give_back(empty, slot, before: gl.constexpr, CONSUMERS: gl.constexpr, NAMED: gl.constexpr):
+def give_back(
+    empty, slot, before: gl.constexpr, CONSUMERS: gl.constexpr, NAMED: gl.constexpr, PAIRED: gl.constexpr,
+    BEHIND: gl.constexpr,
+):  # fmt: skip
     """This warpgroup has read ``slot``: of K (``before`` is 0) or of V (``before`` is K_SLOTS)."""
-    if NAMED:
+    if PAIRED:
+        give_to_both(empty, slot, before == 0, BEHIND)
+    elif NAMED:
         arrive_at(FREE + before + slot, CONSUMERS * 128 + 32, 4)
     else:
         mbarrier.arrive(empty.index(slot), count=1)
@@ -120,12 +127,24 @@ def place_of(program, Plan, sizes, RIGHT: gl.constexpr, VARLEN: gl.constexpr, BL
 
 
 @gluon.jit
-def turn_of(round):
+def rounds_of(turns, PAIRED: gl.constexpr):
+    """How many turns the first program takes; a pair takes its turns together."""
+    programs = gl.num_programs(0)
+    if PAIRED:
+        programs = programs // 2
+    return (turns + programs - 1) // programs
+
+
+@gluon.jit
+def turn_of(round, PAIRED: gl.constexpr):
     """The turn that this program takes in ``round``: there and back over the programs, so that who begins with a long
     one ends with a short one.
     """
     program = gl.program_id(0)
     programs = gl.num_programs(0)
+    if PAIRED:
+        program = program // 2
+        programs = programs // 2
     return round * programs + gl.where(round % 2 == 0, program, programs - 1 - program)
 
 
@@ -179,13 +198,18 @@ def block_at(step, blocks, place, k_outer, Whole, whole, rest, base, LISTED: gl.
 
 @gluon.jit
 def copy_in(
-    tensor, copies, at, full, slot, packed,
-    LISTED: gl.constexpr, BLOCK_K: gl.constexpr, WIDTH: gl.constexpr,
+    tensor, copies, at, full, slot, packed, tile, barrier,
+    KEYS: gl.constexpr, LISTED: gl.constexpr, BLOCK_K: gl.constexpr, WIDTH: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
-    """One block of keys or values, of ``tensor`` or of what gather_keys packed of it, on its way to ``slot``."""
+    """One block of keys or values, of ``tensor`` or of what gather_keys packed of it, on its way to ``slot``.
+
+    In pairs half of it, to both; ``slot`` is tile ``tile`` of shared memory, ``full`` at byte ``barrier``.
+    """
     mbarrier.expect(full, tensor.block_type.nbytes)
     target = slot._reinterpret(tensor.dtype, [1, 1, 1, BLOCK_K, WIDTH], tensor.layout)
-    if LISTED:
+    if PAIRED:
+        copy_to_both(tensor, copies, at, full, slot, packed, tile, barrier, KEYS, LISTED)
+    elif LISTED:
         tma.async_copy_global_to_shared(tensor, at, full, target, pred=packed == 0)
         tma.async_copy_global_to_shared(copies, at, full, target, pred=packed != 0)
     else:
@@ -194,25 +218,31 @@ def copy_in(
 
 @gluon.jit
 def produce(
-    q_rows, k_rows, v_rows, k_copies, v_copies, slots, barriers, tables, room, turns, sizes, left, right,
+    q_rows, k_rows, v_rows, k_copies, v_copies, parts, slots, barriers, tables, room, turns, sizes, left, right,
     GROUP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOWER_RIGHT: gl.constexpr, VARLEN: gl.constexpr,
     LISTED: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, Q_SLOTS: gl.constexpr,
-    K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, WIDTH: gl.constexpr, NAMED: gl.constexpr,
+    K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, WIDTH: gl.constexpr, NAMED: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: Q of each turn, then K one block ahead of V, as their slots are set free in that order."""
     BLOCK_Q: gl.constexpr = CONSUMERS * ROWS
+    SPAN: gl.constexpr = BLOCK_Q * (2 if PAIRED else 1)
+    # where pairs find mbarriers: behind all tiles
+    BEHIND: gl.constexpr = 2 * WIDTH * ((K_SLOTS + V_SLOTS) * BLOCK_K + Q_SLOTS * BLOCK_Q)
     q_tile: gl.constexpr = [1, 1, 1, ROWS, WIDTH]
-    q_slots, k_slots, v_slots = slots
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     Plan, Count, Whole = tables
     done = 0
     taken = 0
-    for round in range((turns + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        program = turn_of(round)
+    if PAIRED:
+        meet(1)
+    for round in range(rounds_of(turns, PAIRED)):
+        program = turn_of(round, PAIRED)
         number, head, first, _q_from, q_rest, k_rest, q_outer, q_inner, k_outer, k_inner = place_of(
-            gl.minimum(program, turns - 1), Plan, sizes, RIGHT, VARLEN, BLOCK_Q
+            gl.minimum(program, turns - 1), Plan, sizes, RIGHT, VARLEN, SPAN
         )
         if (program < turns) & (first < q_rest):
+            if PAIRED:
+                first += half() * BLOCK_Q
             begin, _end, _shift, blocks, _plain_begin, _plain_end = keys_of(
                 first, q_rest, k_rest, left, right, LEFT, RIGHT, LOWER_RIGHT, BLOCK_Q, BLOCK_K
             )
@@ -236,8 +266,9 @@ def produce(
                 mbarrier.wait(q_empty.index(q_slot + part), ((taken // Q_SLOTS) & 1) ^ 1)
                 mbarrier.expect(q_full.index(q_slot + part), q_rows.block_type.nbytes)
                 tma.async_copy_global_to_shared(
-                    q_rows, [leading, q_outer, head, q_inner + first + part * ROWS, 0], q_full.index(q_slot + part),
-                    q_slots.index(q_slot + part)._reinterpret(q_rows.dtype, q_tile, q_rows.layout),
+                    q_rows, [leading, q_outer, head, q_inner + first + part * ROWS, 0],
+                    q_full.index(q_slot + part),
+                    parts.index(q_slot + part)._reinterpret(q_rows.dtype, q_tile, q_rows.layout),
                 )  # fmt: skip
             for step in range(blocks + 1):
                 # Rows are computed from the step: of two names of one value before a loop Triton 3.6 and 3.7 carry one.
@@ -249,7 +280,8 @@ def produce(
                     await_free(k_empty, done + step, K_SLOTS, 0, CONSUMERS, NAMED)
                     copy_in(
                         k_rows, k_copies, [k_leading, outer, key_head, row, 0], k_full.index(slot),
-                        k_slots.index(slot), packed, LISTED, BLOCK_K, WIDTH,
+                        slots.index(slot), packed, slot, BEHIND + K_FULL + slot * 8,
+                        True, LISTED, BLOCK_K, WIDTH, PAIRED,
                     )  # fmt: skip
                 if step > 0:
                     outer, row, packed = block_at(
@@ -259,7 +291,8 @@ def produce(
                     await_free(v_empty, done + step - 1, V_SLOTS, K_SLOTS, CONSUMERS, NAMED)
                     copy_in(
                         v_rows, v_copies, [k_leading, outer, key_head, row, 0], v_full.index(slot),
-                        v_slots.index(slot), packed, LISTED, BLOCK_K, WIDTH,
+                        slots.index(K_SLOTS + slot), packed, K_SLOTS + slot, BEHIND + V_FULL + slot * 8,
+                        False, LISTED, BLOCK_K, WIDTH, PAIRED,
                     )  # fmt: skip
             done += blocks
             taken += 1
@@ -270,3 +303,5 @@ def produce(
             await_free(k_empty, number, K_SLOTS, 0, CONSUMERS, NAMED)
         for number in range(gl.maximum(done, V_SLOTS), done + V_SLOTS):
             await_free(v_empty, number, V_SLOTS, K_SLOTS, CONSUMERS, NAMED)
+    if PAIRED:
+        meet(1)

@@ -3,9 +3,10 @@
 A program of its own, started with TRITON_INTERPRET=1 by ``test_triton_hopper.py``. Triton's interpreter runs the
 kernels that plan; the Gluon kernel, for which there is none, runs as Python with what it needs of Gluon done here: a
 warpgroup is a thread, a TMA load happens some time after it was asked for and a store when it is waited for, mbarriers
-count. A product takes what its operands hold when it is issued and fails if they hold something else when it is waited
-for. So this finds wrong places, phases and orders, waits and fences that are missing, and deadlocks; not what the
-compiler makes of the source.
+count. Programs in pairs run at the same time, and find each other's memory where the kernel's PTX would. A product
+takes what its operands hold when it is issued and fails if they hold something else when it is waited for. So this
+finds wrong places, phases and orders, waits and fences that are missing, and deadlocks; not what the compiler makes of
+the source.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 from compiled_attn import reference
 
 PATIENCE = 30.0  # seconds before a wait is called a deadlock
-PROCESSORS = 3
+PROCESSORS = 5
 change = threading.Condition()
 
 
@@ -53,13 +54,50 @@ class Pointer:
         return Pointer(self.items, self.place + places)
 
 
-class Barrier:
+class Shared:
+    """One allocation in shared memory; ``partner`` is that of the other program of a pair."""
+
+    place: int
+    partner: Shared
+
+    def __init__(self, dtype: Any, shape: list[int], layout: Any) -> None:
+        barriers = len(shape) == 2
+        self.slots: list[Any] = [
+            Barrier(self, index) if barriers else Slot(self, index, shape[1:], dtype) for index in range(shape[0])
+        ]
+        self.nbytes = shape[0] * (8 if barriers else self.slots[0].data.nbytes)
+        of_thread("allocations").append(self)
+
+    def index(self, place: Any) -> Any:
+        return self.slots[int(place)]
+
+
+class Inside:
+    """What an allocation consists of."""
+
+    def __init__(self, owner: Shared, index: int) -> None:
+        self.owner, self.index = owner, index
+
+    @property
+    def partner(self) -> Any:
+        return self.owner.partner.slots[self.index]
+
+    @property
+    def place(self) -> int:
+        """Its byte, if Triton puts the larger allocation in front of the smaller."""
+        return self.owner.place + self.index * (self.owner.nbytes // len(self.owner.slots))
+
+
+class Barrier(Inside):
+    count = 0
+
     def init(self, count: int) -> None:
         self.count = self.missing = count
         self.bytes = self.phase = 0
 
     def step(self, arrivals: int = 0, expected: int = 0, copied: int = 0) -> None:
         with change:
+            assert self.count, "an mbarrier that was not made"
             self.missing -= arrivals
             self.bytes += expected - copied
             assert self.missing >= 0, "more arrivals than the barrier counts"
@@ -74,10 +112,11 @@ class Barrier:
                 raise TimeoutError("deadlock")
 
 
-class Slot:
+class Slot(Inside):
     """A tile in shared memory."""
 
-    def __init__(self, shape: list[int], dtype: torch.dtype) -> None:
+    def __init__(self, owner: Shared, index: int, shape: list[int], dtype: torch.dtype) -> None:
+        super().__init__(owner, index)
         self.data = torch.full(shape, math.nan, dtype=dtype)
         self.unfenced: set[int] = set()  # threads that read or wrote it, and that TMA may not have seen do so
 
@@ -109,14 +148,6 @@ class Turned:
 
     def read(self) -> Tensor:
         return self.slot.data.t()
-
-
-class Shared:
-    def __init__(self, dtype: Any, shape: list[int]) -> None:
-        self.slots = [Barrier() if len(shape) == 2 else Slot(shape[1:], dtype) for _ in range(shape[0])]
-
-    def index(self, place: Any) -> Any:
-        return self.slots[int(place)]
 
 
 class Descriptor:
@@ -177,6 +208,10 @@ def of_thread(name: str) -> list[Any]:
     return getattr(mine, name)  # type: ignore[no-any-return]
 
 
+def program() -> int:
+    return of_thread("program")[0]  # type: ignore[no-any-return]
+
+
 def fence() -> None:
     for slot in of_thread("touched"):
         slot.unfenced.discard(threading.get_ident())
@@ -198,6 +233,45 @@ def copy_in(rows: Descriptor, at: Any, full: Barrier, slot: Slot, pred: Any = Tr
         full.step(copied=rows.block_type.nbytes)
 
     loads.jobs.put(job)
+
+
+def copy_to_both(
+    rows: Descriptor, copies: Descriptor, at: Any, full: Barrier, slot: Slot, packed: Any, tile: Any, barrier: Any,
+    keys: bool, listed: bool,
+) -> None:  # fmt: skip
+    """Half the columns of a block, to both programs of a pair."""
+    if listed and packed:
+        rows = copies
+    place = int(tile) * slot.data.nbytes
+    assert (slot.place, full.place) == (place, int(barrier)), "a copy to another place than is counted there"
+    width = slot.data.shape[1] // 2
+    begin = program() % 2 * width
+    columns = slice(begin, begin + width)
+    at = [*list(at)[:4], begin]
+    for one in (slot, slot.partner):
+        assert not one.unfenced, "a load by TMA into a tile without a fence behind who read it"
+        one.data[:, columns] = math.nan
+
+    def job() -> None:
+        source = rows.view(at) if begin < rows.made.shape[4] else None
+        for one, counted in ((slot, full), (slot.partner, full.partner)):
+            one.data[:, columns] = 0
+            if source is not None:
+                part = source[:, :width]
+                one.data[: part.shape[0], begin : begin + part.shape[1]] = part
+            counted.step(copied=rows.block_type.nbytes // 2)
+
+    loads.jobs.put(job)
+
+
+def give_to_both(empty: Shared, slot: Any, keys: bool, behind: int) -> None:
+    from compiled_attn.ops import _hopper_pairs
+
+    barrier = empty.index(slot)
+    place = behind + int(slot) * 8 + _hopper_pairs._PLACES[0 if keys else 1]
+    assert barrier.place == place, "another mbarrier than the slot's"
+    for one in (barrier, barrier.partner):
+        one.step(arrivals=4)
 
 
 def copy_out(rows: Descriptor, at: Any, slot: Slot) -> None:
@@ -222,8 +296,8 @@ class Named:
     """The named barriers: each opens when as many threads have arrived as those who come say."""
 
     def __init__(self) -> None:
-        self.arrived: dict[int, int] = {}
-        self.opened: dict[int, int] = {}
+        self.arrived: dict[tuple[int, int], int] = {}
+        self.opened: dict[tuple[int, int], int] = {}
 
     def clear(self) -> None:
         self.arrived.clear()
@@ -231,23 +305,24 @@ class Named:
 
     def arrive(self, number: Any, threads: int, warps: int) -> int:
         """How often the barrier had opened before."""
-        number = int(number)
-        assert 5 <= number < 16, "one of Triton's own barriers, or none at all"
+        assert 5 <= int(number) < 16, "one of Triton's own barriers, or none at all"
+        key = (program(), int(number))
         with change:
-            opened = self.opened.setdefault(number, 0)
-            arrived = self.arrived.get(number, 0) + 32 * warps
+            opened = self.opened.setdefault(key, 0)
+            arrived = self.arrived.get(key, 0) + 32 * warps
             assert arrived <= threads, "more arrive than the barrier counts: it would open for nobody"
             if arrived == threads:
                 arrived = 0
-                self.opened[number] += 1
+                self.opened[key] += 1
                 change.notify_all()
-            self.arrived[number] = arrived
+            self.arrived[key] = arrived
             return opened
 
     def wait(self, number: Any, threads: int, warps: int) -> None:
         opened = self.arrive(number, threads, warps)
+        key = (program(), int(number))
         with change:
-            if not change.wait_for(lambda: self.opened[int(number)] > opened, PATIENCE):
+            if not change.wait_for(lambda: self.opened[key] > opened, PATIENCE):
                 raise TimeoutError("deadlock")
 
 
@@ -278,18 +353,62 @@ def product_wait(outstanding: int, deps: tuple[Product]) -> Tile:
     return deps[0].result
 
 
+class Cluster:
+    """Programs that run at the same time: one, or the two of a pair."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.allocations: list[list[Shared]] = []
+        self.started = threading.Barrier(size)
+        self.met: dict[int, int] = {}
+
+    def enter(self, allocations: list[Shared]) -> None:
+        """Find where everything is; for a pair, the other's too."""
+        place = 0
+        for one in sorted(allocations, key=lambda one: -one.nbytes):
+            one.place = place
+            place += one.nbytes
+        with change:
+            self.allocations.append(allocations)
+        self.started.wait(PATIENCE)
+        if self.size == 2:
+            other = self.allocations[self.allocations[0] is allocations]
+            for one, partner in zip(allocations, other, strict=True):
+                one.partner = partner
+
+
+def meet(warps: int) -> None:
+    """All warps of both programs wait for one another, those too that Triton would add to fill a warpgroup."""
+    cluster, asked = of_thread("cluster")
+    assert warps == asked, "some warps of a partition do not come"
+    times = of_thread("met")
+    times.append(warps)
+    with change:
+        cluster.met[len(times)] = cluster.met.get(len(times), 0) + warps
+        change.notify_all()
+        # 12 warps each: what is no multiple of 4 Triton fills up
+        if not change.wait_for(lambda: cluster.met[len(times)] == 24, PATIENCE):
+            raise TimeoutError("deadlock")
+
+
 def warp_specialize(functions: list[Any], warps: list[int], registers: list[int]) -> None:
     errors: list[BaseException] = []
-    named.clear()
+    (cluster,) = of_thread("alone")
+    number = program()
+    cluster.enter(of_thread("allocations"))
 
-    def run(function: Any, arguments: Any) -> None:
+    def run(function: Any, arguments: Any, asked: int) -> None:
+        mine.program, mine.cluster = [number], (cluster, asked)
         try:
             function(*arguments)
             assert not of_thread("pending") and not of_thread("products"), "a warpgroup ended before its work did"
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=one, daemon=True) for one in functions]
+    threads = [
+        threading.Thread(target=run, args=(*one, asked), daemon=True)
+        for one, asked in zip(functions, [4, *warps], strict=True)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -299,8 +418,30 @@ def warp_specialize(functions: list[Any], warps: list[int], registers: list[int]
         raise errors[0]
     from compiled_attn.ops import _hopper_tiles
 
-    left = {number for number, arrived in named.arrived.items() if arrived and number >= _hopper_tiles.FREE}
+    left = {one[1] for one, arrived in named.arrived.items() if arrived and one[1] >= _hopper_tiles.FREE}
     assert not left, f"barriers {left} of slots are left half full"
+
+
+def run_cluster(kernel: Any, arguments: list[Any], constants: dict[str, Any], programs: list[int]) -> None:
+    """``programs`` of ``kernel`` at the same time."""
+    errors: list[BaseException] = []
+    cluster = Cluster(len(programs))
+    named.clear()
+
+    def run(number: int) -> None:
+        mine.program, mine.alone = [number], [cluster]
+        try:
+            kernel(*arguments, **constants)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in programs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(3 * PATIENCE)
+    if errors:
+        raise errors[0]
 
 
 def load(pointer: Pointer) -> Tile:
@@ -332,8 +473,8 @@ def gluon() -> tuple[types.SimpleNamespace, dict[str, Any]]:
         full=lambda shape, value, dtype, layout: tile(torch.full(shape, value)),
         arange=lambda begin, end, layout: tile(torch.arange(begin, end)), NVMMASharedLayout=layouts,
         SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None, NVMMADistributedLayout=lambda **_: None,
-        allocate_shared_memory=lambda dtype, shape, layout: Shared(dtype, shape), float32=torch.float32,
-        int64=torch.int64, static_assert=asserted,
+        allocate_shared_memory=Shared, float32=torch.float32, int64=torch.int64, static_assert=asserted,
+        program_id=lambda axis: tile(program()),
     )  # fmt: skip
     others = {
         "mbarrier": types.SimpleNamespace(
@@ -351,17 +492,21 @@ def gluon() -> tuple[types.SimpleNamespace, dict[str, Any]]:
         "warpgroup_mma_wait": product_wait,
         "arrive_at": named.arrive,
         "wait_at": named.wait,
+        "meet": meet,
+        "announce": lambda: None,
+        "copy_to_both": copy_to_both,
+        "give_to_both": give_to_both,
     }
     return language, others
 
 
 def installed() -> Any:
     """The launcher, with the Gluon kernel run here."""
-    from compiled_attn.ops import _hopper_forward, _hopper_launch, _hopper_tiles
+    from compiled_attn.ops import _hopper_forward, _hopper_launch, _hopper_pairs, _hopper_tiles
 
     kernel = _hopper_launch.hopper_forward
     language, others = gluon()
-    for module in (_hopper_tiles, _hopper_forward):
+    for module in (_hopper_pairs, _hopper_tiles, _hopper_forward):
         for name, item in list(vars(module).items()):
             if name in others:
                 setattr(module, name, others[name])
@@ -372,8 +517,9 @@ def installed() -> Any:
         module.gl = language  # type: ignore[attr-defined]
 
     def launch(
-        asked: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], warps: int, index: Any
-    ) -> None:
+        asked: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], warps: int,
+        index: Any, paired: Any = None,
+    ) -> None:  # fmt: skip
         if asked is not kernel:
             asked[grid](*arguments, **constants)
             return
@@ -383,10 +529,10 @@ def installed() -> Any:
         ]
         # scalars as tensors of one element, but for the scale
         made = [tile(one) if type(one) is int else one for one in made]
-        language.num_programs = lambda axis: grid[0]
-        for program in range(grid[0]):
-            language.program_id = lambda axis, program=program: tile(program)
-            kernel.fn(*made, **constants)
+        size = 1 if paired is None else 2
+        language.num_programs = lambda axis: size * grid[0]
+        for first in range(0, size * grid[0], size):
+            run_cluster(kernel.fn, made, constants, list(range(first, first + size)))
 
     _hopper_launch.launch = launch
     _hopper_launch._processors = lambda index: PROCESSORS

@@ -346,15 +346,51 @@ def test_descriptors():
 @needs_triton
 def test_every_head_dim_has_a_configuration_that_fits():
     from compiled_attn.ops import _hopper_launch as launch
+    from compiled_attn.ops import _hopper_pairs
 
-    for head_dim, positional in itertools.product(range(8, 257, 8), (False, True)):
-        config, width = launch.choose(head_dim, positional), launch.width_of(head_dim)
+    for head_dim, positional, packed in itertools.product(range(8, 257, 8), (False, True), (False, True)):
+        config, width = launch.choose(head_dim, positional, packed), launch.width_of(head_dim)
         assert head_dim <= width < max(2 * head_dim, 65)
         tiles = config.q_slots * config.consumers * 64 + (config.k_slots + config.v_slots) * config.block_k
-        assert tiles * width * 2 <= 227 * 1024 - 512
+        assert tiles * width * 2 + 8 * sum(_hopper_pairs.ROOM.value) <= 227 * 1024 - 512
+        # programs in pairs walk over the same keys, and share a block out by halves of its columns
+        assert not config.paired or (width == 128 and not positional and not packed and not config.named)
         # 64 K registers: those of the computing warpgroups, and at least 24 a thread for the one that loads
         assert config.consumers * config.registers + 24 <= 512
         assert config.consumers in (2, 3)
+
+
+@needs_triton
+def test_a_kernel_for_pairs_that_is_laid_out_otherwise_is_refused():
+    """Its inline PTX would write anywhere."""
+    from compiled_attn.ops import _hopper_launch as launch
+    from compiled_attn.ops import _hopper_pairs as pairs
+
+    config = launch.TABLE[128][0]
+    slots, parts = (config.k_slots, config.v_slots), config.q_slots * config.consumers
+    rows = 2 * sum(slots) * 128 * 128
+    behind = rows + 2 * parts * 64 * 128
+    used = (*slots, *slots, parts, parts)
+    lines = [f".param .align 64 .b8 hopper_forward_param_{11 * number}[128]," for number in range(3)]
+    at = [behind + place + 8 * one for place, count in zip(pairs._PLACES, used, strict=True) for one in range(count)]
+    for number, place in enumerate((*at, rows + 16384, rows)):
+        lines.append(f"add.s32 \t%r{number}, %r99, {place};")
+        lines.append(f"mbarrier.init.shared::cta.b64 [%r{number}], 1;")
+    lines[-3] = f"cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%rd1, {{%r5, %r6}}], [%r{len(at)}];"
+    lines[-1] = f"cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%rd1, {{%r5, %r6}}], [%r{len(at) + 1}];"
+    ptx = "\n".join(lines)
+    launch.check_pairs(config, 128, False, ptx)
+    for old, new, what in (
+        ("_11[128]", "_12[128]", "tensor map of K is not parameter hopper_forward_param_11"),
+        (f"%r99, {at[3]};", f"%r99, {at[3] + 8};", "mbarriers are at bytes"),
+        (f"%r99, {rows};", "%r99, 0;", f"rows of Q are from byte 0 of shared memory on instead of from {rows}"),
+    ):
+        assert old in ptx
+        with pytest.raises(NotImplementedError, match=re.escape(what)) as refusal:
+            launch.check_pairs(config, 128, False, ptx.replace(old, new))
+        assert "take backend 'triton'" in str(refusal.value)
+    with pytest.raises(NotImplementedError, match="tensor map of copies of K"):
+        launch.check_pairs(config, 128, True, ptx)
 
 
 # ----------------------------------------------------------------------------------------------------------- operators
