@@ -51,6 +51,8 @@ HOPPER: dict[str, dict[str, Any]] = {
     "causal": {"RIGHT": True},
     "packed": {"VARLEN": True},
     "listed": {"LISTED": True},
+    "alone": {},
+    "alone_listed": {"LISTED": True},
     "window": {"LEFT": True, "RIGHT": True, "LOWER_RIGHT": True, "VARLEN": True},
 }
 # Kernels that serve other libraries, and what they are compiled for beside the width
@@ -108,9 +110,12 @@ def compiled(kind: str, target: str, head_dim: int, variant: str) -> tuple[Any, 
 
 
 def hopper(head_dim: int, variant: str) -> tuple[Any, Any]:
-    """The Gluon kernel in the configuration shipped, with the descriptors that its launcher makes."""
+    """The Gluon kernel in the configuration shipped, with the descriptors that its launcher makes; dense calls in
+    pairs, if there are any, unless they are ``alone``.
+    """
     kernel, more = _hopper_launch.hopper_forward, HOPPER[variant]
-    config = _hopper_launch.choose(head_dim, "RIGHT" in more or "LEFT" in more, "VARLEN" in more)
+    alone = "VARLEN" in more or variant.startswith("alone")
+    config = _hopper_launch.choose(head_dim, "RIGHT" in more or "LEFT" in more, alone)
     width = _hopper_launch.width_of(head_dim)
     flags = ("LEFT", "RIGHT", "LOWER_RIGHT", "VARLEN", "LISTED")
     constants: dict[str, Any] = {
@@ -188,13 +193,6 @@ def copies(code: str) -> list[tuple[str, bool]]:
     return found
 
 
-def moved(code: str) -> list[int]:
-    """Of each turn at the tensor cores: numbers that go to uniform registers in front of its first product. A slot's
-    number that ptxas takes for different in each thread costs 32 of them, and 35 instructions to compute them.
-    """
-    return [one.count("R2UR") for one in re.findall(r"BAR\.SYNC\S* 0x(?:8|9|a)\b(.*?)HGMMA", code, re.S)]
-
-
 def shared_copies(code: str) -> list[tuple[str, bool]]:
     """What :func:`copies` says, of programs in pairs, whose copies are inline PTX: of ptx, the register of the row, and
     whether the innermost loop around the copy writes it.
@@ -236,7 +234,6 @@ def nvidia(kernel: Any, target: str) -> dict[str, Any]:
         "descriptors": wrong_descriptors(code),
         "beside": beside_the_product(code),
         "barriers": barriers(code),
-        "moved": moved(code),
     }
 
 

@@ -87,7 +87,7 @@ def test_shipped_configurations_in_every_variant_on_hopper(width):
             pytest.param(width, "plain,causal,packed,listed,window", marks=pytest.mark.slow)
             for width in ("64", "96", "256")
         ),
-        pytest.param("128", "causal,packed,listed,window", marks=pytest.mark.slow),
+        pytest.param("128", "causal,packed,listed,alone,alone_listed,window", marks=pytest.mark.slow),
     ],
 )
 def test_the_kernel_for_hopper(width, variants):
@@ -112,13 +112,10 @@ def test_the_kernel_for_hopper(width, variants):
         if width != "256":  # each loop waits once and passes on once; the last warpgroup lets the first one begin
             for number in range(8, 8 + consumers):
                 expected |= {f"SYNC {number}": loops, f"ARV {number}": loops + (number == 8)}
-        if (
-            width in ("96", "128") and not paired
-        ):  # a slot of K and one of V: in each loop, in front of the first and behind the last
+        if width in ("96", "128"):  # a slot of K and one of V: in each loop, in front of the first and behind the last
             expected |= {"ARV slot": consumers * (2 * loops + 2), "SYNC slot": ours.get("SYNC slot")}
             assert ours["SYNC slot"] >= 2, (case, report)
         assert ours == expected, (case, report)
-        assert max(report["moved"], default=0) <= 8, (case, report)
         for maxima, spills in report["beside"]:
             # a thread has half a block's keys of each of two rows
             assert maxima >= keys // 2, (case, report)

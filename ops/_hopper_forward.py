@@ -104,11 +104,11 @@ def soften(scores, lifted, total, fade, scale):
 
 @gluon.jit
 def walk(
-    acc, weights, top, total, query, slots, barriers, step_from, step_to, done, blocks, begin, end, rows, left,
-    right, scale, never,
+    acc, weights, top, total, query, slots, barriers, step_from, step_to, done, blocks, begin, end, rows, left, right,
+    scale, never,
     part: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, CHECK: gl.constexpr, CONSUMERS: gl.constexpr,
     BLOCK_K: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, ALTERNATE: gl.constexpr, NAMED: gl.constexpr,
-    PAIRED: gl.constexpr, BEHIND: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+    s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """Blocks ``step_from`` to ``step_to``, counted from the last: scores of each, and the product of the one before."""
     _, _, k_full, k_empty, v_full, v_empty = barriers
@@ -127,7 +127,7 @@ def walk(
         if ALTERNATE:
             pass_turn((part + 1) % CONSUMERS)
         scores = warpgroup_mma_wait(1, deps=(scores,))
-        give_back(k_empty, k_slot, 0, CONSUMERS, NAMED, PAIRED, BEHIND)
+        give_back(k_empty, k_slot, 0, CONSUMERS, NAMED)
         if CHECK:
             scores = hide(
                 scores, rows, begin + (blocks - 1 - step) * BLOCK_K, end, left, right, LEFT, RIGHT, BLOCK_K, s_layout
@@ -138,7 +138,7 @@ def walk(
         if never > 0:
             mbarrier.wait(k_full.index(k_slot), never)
         acc = warpgroup_mma_wait(0, deps=(product,))
-        give_back(v_empty, v_slot, K_SLOTS, CONSUMERS, NAMED, PAIRED, BEHIND)
+        give_back(v_empty, v_slot, K_SLOTS, CONSUMERS, NAMED)
         acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, o_layout))[:, None]
         fresh, total = soften(scores, lifted, total, fade, scale)
         weights = gl.convert_layout(fresh.to(weights.dtype), p_layout)
@@ -168,8 +168,6 @@ def consume(
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    # bytes of all tiles
-    BEHIND: gl.constexpr = 2 * WIDTH * ((K_SLOTS + V_SLOTS) * BLOCK_K + Q_SLOTS * BLOCK_Q)
     Plan, Count, _whole = tables
     _, heads, _, q_length, _, _ = sizes
     done = 0
@@ -215,7 +213,7 @@ def consume(
             mbarrier.wait(k_full.index(slot), (done // K_SLOTS) & 1)
             scores = warpgroup_mma(query, slots.index(slot).permute((1, 0)), start, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=(scores,))
-            give_back(k_empty, slot, 0, CONSUMERS, NAMED, PAIRED, BEHIND)
+            give_back(k_empty, slot, 0, CONSUMERS, NAMED)
             if cut:
                 scores = hide(scores, rows, place, end, left, right, LEFT, RIGHT, BLOCK_K, s_layout)
             top, lifted, fade = lift(scores, top, scale, True)
@@ -232,22 +230,19 @@ def consume(
                 acc, weights, top, total = walk(
                     acc, weights, top, total, query, slots, barriers, 1, tested, done, blocks, begin, end,
                     rows, left, right, scale, never,
-                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, NAMED, PAIRED, BEHIND,
-                    s_layout, o_layout,
+                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, NAMED, s_layout, o_layout,
                 )  # fmt: skip
             acc, weights, top, total = walk(
                 acc, weights, top, total, query, slots, barriers, tested, plain_end, done, blocks, begin, end,
                 rows, left, right, scale, never,
-                part, LEFT, RIGHT, False, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, NAMED, PAIRED, BEHIND,
-                s_layout, o_layout,
+                part, LEFT, RIGHT, False, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, NAMED, s_layout, o_layout,
             )  # fmt: skip
             if LEFT:
                 plain_end = gl.maximum(plain_end, tested)
                 acc, weights, top, total = walk(
                     acc, weights, top, total, query, slots, barriers, plain_end, blocks, done, blocks, begin, end,
                     rows, left, right, scale, never,
-                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, NAMED, PAIRED, BEHIND,
-                    s_layout, o_layout,
+                    part, LEFT, RIGHT, True, CONSUMERS, BLOCK_K, K_SLOTS, V_SLOTS, ALTERNATE, NAMED, s_layout, o_layout,
                 )  # fmt: skip
             done += blocks
             slot = (done - 1) % V_SLOTS
@@ -263,7 +258,7 @@ def consume(
                     lse_from = (number.to(gl.int64) * heads + head) * q_length
                 gl.store(Lse + lse_from + within, lse, mask=within < q_rest)
             acc = warpgroup_mma_wait(0, deps=(product,))
-            give_back(v_empty, slot, K_SLOTS, CONSUMERS, NAMED, PAIRED, BEHIND)
+            give_back(v_empty, slot, K_SLOTS, CONSUMERS, NAMED)
             acc = acc * gl.convert_layout(share, o_row)[:, None]
             # nobody reads these rows of Q again: their slot takes those of the result
             q_slot.store(acc.to(dtype))
@@ -308,7 +303,7 @@ def hopper_forward(
     _hopper_pairs.py has it; neither packed sequences nor positions.
     """
     gl.static_assert(TURN + CONSUMERS <= FREE)
-    gl.static_assert(not PAIRED or not (NAMED or VARLEN or LEFT or RIGHT))
+    gl.static_assert(not PAIRED or (NAMED and CONSUMERS == 2 and not (VARLEN or LEFT or RIGHT)))
     gl.static_assert(not NAMED or FREE + K_SLOTS + V_SLOTS <= 16, "there are 16 named barriers")
     dtype: gl.constexpr = q_rows.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], dtype)
@@ -324,8 +319,8 @@ def hopper_forward(
     v_full = gl.allocate_shared_memory(gl.int64, [ROOM[3], 1], one)
     q_full = gl.allocate_shared_memory(gl.int64, [ROOM[4], 1], one)
     q_empty = gl.allocate_shared_memory(gl.int64, [ROOM[5], 1], one)
-    # in pairs the warps of both
-    givers: gl.constexpr = CONSUMERS * (8 if PAIRED else 1)
+    # where named barriers serve, these are for the other of a pair
+    givers: gl.constexpr = 1 if NAMED else CONSUMERS
     for index in gl.static_range(Q_SLOTS * CONSUMERS):
         mbarrier.init(q_full.index(index), count=1)
         mbarrier.init(q_empty.index(index), count=1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,8 @@ class Config:
     of a computing thread (of the first warpgroup: at least; it gets what is left).
 
     ``alternate``: the warpgroups take turns at the tensor cores. ``held``: rows of Q stay in registers. ``named``: the
-    slots of K and V, at most 5, are given back through named barriers. ``paired``: two programs share what they load.
+    slots of K and V, at most 5, are given back through named barriers. ``paired``: two programs share what they load;
+    only with ``named``.
     """
 
     consumers: int
@@ -67,14 +68,16 @@ class Config:
         }  # fmt: skip
 
 
-# head columns in shared memory -> configuration of dense calls, of packed ones, and of causal masks and windows
+# head columns in shared memory -> configuration of dense calls, of programs that work alone (packed calls, and dense
+# ones that do not make enough pairs), and of causal masks and windows
 _WIDE = Config(2, 64, 1, 2, 3, 240, alternate=False)
 _NAMED = Config(2, 128, 2, 2, 3, 240, held=True, named=True)
 TABLE: dict[int, tuple[Config, Config, Config]] = {
     64: (Config(3, 128, 2, 3, 4, 160), Config(3, 128, 2, 3, 4, 160), Config(2, 128, 2, 3, 4, 240)),
     # Q in registers: 1.01 flux and wan480; 0.96 of the speed where a loop with tests needs the registers. Named
     # barriers: 1.01 flux, 1.02 wan480 and cross, level causal; 0.985 at 64 columns (with numbers 5 to 7 for turns)
-    128: (Config(2, 128, 2, 2, 3, 240, held=True, paired=True), _NAMED, Config(2, 128, 2, 2, 3, 240, named=True)),
+    # Pairs: 1.04 wan480, 1.03 qwen, 1.01 flux and cross
+    128: (replace(_NAMED, paired=True), _NAMED, Config(2, 128, 2, 2, 3, 240, named=True)),
     # without turns: as fast, and less to wait for
     256: (_WIDE, _WIDE, _WIDE),
 }
@@ -89,9 +92,20 @@ def width_of(head_dim: int) -> int:
     return next(width for width in TABLE if head_dim <= width)
 
 
-def choose(head_dim: int, positional: bool, packed: bool) -> Config:
+def choose(head_dim: int, positional: bool, alone: bool) -> Config:
     """The configuration for a head_dim; ``positional``: with a causal mask or a window."""
-    return TABLE[width_of(head_dim)][2 if positional else int(packed)]
+    return TABLE[width_of(head_dim)][2 if positional else int(alone)]
+
+
+def better_alone(q_length: int, heads: int, processors: int) -> bool:
+    """Whether pairs, which have tiles twice as long, would leave more than 2 % of the GPU idle than programs alone do;
+    ``heads`` of all the batch.
+    """
+    tiles = -(-q_length // (2 * ROWS))
+    pairs = -(-tiles // 2)
+    # rounds over all programs, and over all pairs
+    alone, paired = -(-tiles * heads // processors), -(-pairs * heads // (processors // 2))
+    return 50 * paired > 51 * alone
 
 
 @functools.cache
@@ -202,7 +216,8 @@ def forward(
     left, right = min(left, FAR), min(right, FAR)
     width = width_of(head_dim)
     if config is None:
-        config = choose(head_dim, left >= 0 or right >= 0, packed)
+        alone = packed or better_alone(q_length, heads * q.shape[0], _processors(q.device.index))
+        config = choose(head_dim, left >= 0 or right >= 0, alone)
     block_q = config.consumers * ROWS * (2 if config.paired else 1)
     together = 1
     if right >= 0:

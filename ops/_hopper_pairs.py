@@ -91,22 +91,21 @@ def idle(WARPS: gl.constexpr):
 
 
 @gluon.jit
-def give_to_both(empty, slot, KEYS: gl.constexpr, BEHIND: gl.constexpr):
-    """This warpgroup has read ``slot``, of keys or of values, of its program: said to both, here at ``empty``. All four
-    warps say so. ``BEHIND``: bytes of all tiles.
+def tell_partner(empty, slot, KEYS: gl.constexpr, BEHIND: gl.constexpr):
+    """``slot``, of keys or of values, is free in this program: arrives at the other's mbarrier in ``empty``.
 
-    Without .release.cluster, as CUTLASS does it: that would be a fence for the whole GPU, twice a step (0.79 of the
-    speed). And who says it may not depend on %tid: ptxas would take the slot's number, and all that is computed from
-    it, for different in each thread (467 -> 535 instructions a step, 0.95).
+    The loading warp says so, once its own warpgroups have told it by a named barrier: nothing of pairs is in their
+    steps. Without .release.cluster, as CUTLASS does it: that would be a fence for the whole GPU (0.79 of the speed when
+    all warps arrived there themselves). ``BEHIND``: bytes of all tiles.
     """
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    place = gl.zeros([128], gl.int32, layout=layout) + (slot * 8 + (BEHIND if KEYS else BEHIND + _V_EMPTY))
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    place = gl.zeros([32], gl.int32, layout=layout) + (slot * 8 + (BEHIND if KEYS else BEHIND + _V_EMPTY))
+    other = gl.zeros([32], gl.int32, layout=layout) + (1 - half())
     gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .b32 a, b; mov.u32 b, %laneid; setp.eq.b32 p, b, 0; mov.u32 a, global_smem; "
-        "add.u32 a, a, $1; mapa.shared::cluster.u32 b, a, 0; mapa.shared::cluster.u32 a, a, 1; "
-        "@p mbarrier.arrive.shared::cluster.b64 _, [b]; @p mbarrier.arrive.shared::cluster.b64 _, [a]; "
-        "mov.b32 $0, $1; }",
-        "=r,r", [place], dtype=gl.int32, is_pure=False, pack=1,
+        "add.u32 a, a, $1; mapa.shared::cluster.u32 a, a, $2; "
+        "@p mbarrier.arrive.shared::cluster.b64 _, [a]; mov.b32 $0, $1; }",
+        "=r,r,r", [place, other], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 

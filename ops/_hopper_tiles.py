@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from ._hopper_pairs import K_FULL, V_FULL, copy_to_both, give_to_both, half, meet
+from ._hopper_pairs import K_FULL, V_FULL, copy_to_both, half, meet, tell_partner
 
 # rows of one computing warpgroup: its matrix instruction has 64
 ROWS = gl.constexpr(64)
@@ -60,26 +60,28 @@ def pass_turn(part: gl.constexpr):
 
 
 @gluon.jit
-def give_back(
-    empty, slot, before: gl.constexpr, CONSUMERS: gl.constexpr, NAMED: gl.constexpr, PAIRED: gl.constexpr,
-    BEHIND: gl.constexpr,
-):  # fmt: skip
+def give_back(empty, slot, before: gl.constexpr, CONSUMERS: gl.constexpr, NAMED: gl.constexpr):
     """This warpgroup has read ``slot``: of K (``before`` is 0) or of V (``before`` is K_SLOTS)."""
-    if PAIRED:
-        give_to_both(empty, slot, before == 0, BEHIND)
-    elif NAMED:
+    if NAMED:
         arrive_at(FREE + before + slot, CONSUMERS * 128 + 32, 4)
     else:
         mbarrier.arrive(empty.index(slot), count=1)
 
 
 @gluon.jit
-def await_free(empty, number, SLOTS: gl.constexpr, before: gl.constexpr, CONSUMERS: gl.constexpr, NAMED: gl.constexpr):
-    """Wait until all warpgroups have given back the slot that block ``number`` gets: the loading warp."""
+def await_free(
+    empty, number, SLOTS: gl.constexpr, before: gl.constexpr, CONSUMERS: gl.constexpr, NAMED: gl.constexpr,
+    PAIRED: gl.constexpr, BEHIND: gl.constexpr,
+):  # fmt: skip
+    """Wait until all warpgroups, of both programs of a pair, have given back the slot that block ``number`` gets: the
+    loading warp.
+    """
     if NAMED:
         if number >= SLOTS:
             wait_at(FREE + before + number % SLOTS, CONSUMERS * 128 + 32, 1)
-    else:
+            if PAIRED:
+                tell_partner(empty, number % SLOTS, before == 0, BEHIND)
+    if PAIRED or not NAMED:
         mbarrier.wait(empty.index(number % SLOTS), ((number // SLOTS) & 1) ^ 1)
 
 
@@ -277,7 +279,7 @@ def produce(
                         step, blocks, place, k_outer, mine, whole, rest, number * k_rest, LISTED, BLOCK_K
                     )
                     slot = (done + step) % K_SLOTS
-                    await_free(k_empty, done + step, K_SLOTS, 0, CONSUMERS, NAMED)
+                    await_free(k_empty, done + step, K_SLOTS, 0, CONSUMERS, NAMED, PAIRED, BEHIND)
                     copy_in(
                         k_rows, k_copies, [k_leading, outer, key_head, row, 0], k_full.index(slot),
                         slots.index(slot), packed, slot, BEHIND + K_FULL + slot * 8,
@@ -288,7 +290,7 @@ def produce(
                         step - 1, blocks, place, k_outer, mine, whole, rest, number * k_rest, LISTED, BLOCK_K
                     )
                     slot = (done + step - 1) % V_SLOTS
-                    await_free(v_empty, done + step - 1, V_SLOTS, K_SLOTS, CONSUMERS, NAMED)
+                    await_free(v_empty, done + step - 1, V_SLOTS, K_SLOTS, CONSUMERS, NAMED, PAIRED, BEHIND)
                     copy_in(
                         v_rows, v_copies, [k_leading, outer, key_head, row, 0], v_full.index(slot),
                         slots.index(K_SLOTS + slot), packed, K_SLOTS + slot, BEHIND + V_FULL + slot * 8,
@@ -300,8 +302,8 @@ def produce(
         # What was given back last: so every arrival at a slot's barrier is waited for. (The last turn is not: who
         # passes it on cannot know that nobody is left to take it.)
         for number in range(gl.maximum(done, K_SLOTS), done + K_SLOTS):
-            await_free(k_empty, number, K_SLOTS, 0, CONSUMERS, NAMED)
+            await_free(k_empty, number, K_SLOTS, 0, CONSUMERS, NAMED, PAIRED, BEHIND)
         for number in range(gl.maximum(done, V_SLOTS), done + V_SLOTS):
-            await_free(v_empty, number, V_SLOTS, K_SLOTS, CONSUMERS, NAMED)
+            await_free(v_empty, number, V_SLOTS, K_SLOTS, CONSUMERS, NAMED, PAIRED, BEHIND)
     if PAIRED:
         meet(1)

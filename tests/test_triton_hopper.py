@@ -217,13 +217,16 @@ def tiles(monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("programs", [1, 5, 7])
-def test_every_turn_is_taken_once(tiles, programs):
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("programs", [2, 10, 14])
+def test_every_turn_is_taken_once(tiles, programs, together):
+    """``together``: how many programs take each."""
     taken = []
     for program in range(programs):
         tiles.gl.program_id, tiles.gl.num_programs = lambda axis, it=program: it, lambda axis: programs
-        taken += [tiles.turn_of.fn(number) for number in range(4)]
-    assert sorted(taken) == list(range(4 * programs))
+        rounds = tiles.rounds_of.fn(4 * programs // together, together == 2)
+        taken += [tiles.turn_of.fn(number, together == 2) for number in range(rounds)]
+    assert sorted(taken) == sorted(list(range(4 * programs // together)) * together)
 
 
 @pytest.mark.parametrize("right", [False, True])
@@ -348,16 +351,34 @@ def test_every_head_dim_has_a_configuration_that_fits():
     from compiled_attn.ops import _hopper_launch as launch
     from compiled_attn.ops import _hopper_pairs
 
-    for head_dim, positional, packed in itertools.product(range(8, 257, 8), (False, True), (False, True)):
-        config, width = launch.choose(head_dim, positional, packed), launch.width_of(head_dim)
+    for head_dim, positional, alone in itertools.product(range(8, 257, 8), (False, True), (False, True)):
+        config, width = launch.choose(head_dim, positional, alone), launch.width_of(head_dim)
         assert head_dim <= width < max(2 * head_dim, 65)
         tiles = config.q_slots * config.consumers * 64 + (config.k_slots + config.v_slots) * config.block_k
         assert tiles * width * 2 + 8 * sum(_hopper_pairs.ROOM.value) <= 227 * 1024 - 512
         # programs in pairs walk over the same keys, and share a block out by halves of its columns
-        assert not config.paired or (width == 128 and not positional and not packed and not config.named)
+        assert not config.paired or (width == 128 and not positional and not alone)
         # 64 K registers: those of the computing warpgroups, and at least 24 a thread for the one that loads
         assert config.consumers * config.registers + 24 <= 512
         assert config.consumers in (2, 3)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("q_length", "heads", "alone"),
+    [
+        (4608, 24, False),  # 7 rounds either way
+        (32760, 40, False),  # 78
+        (33000, 40, False),  # 79, with one idle tile for each head
+        (1, 1, False),  # one round, whoever is idle in it
+        (128, 64 * 24, True),  # 12 rounds, but 24 where half of each pair is idle
+        (1300, 24, True),  # 2 and 3
+    ],
+)
+def test_pairs_only_where_they_leave_hardly_more_idle(q_length, heads, alone):
+    from compiled_attn.ops import _hopper_launch as launch
+
+    assert launch.better_alone(q_length, heads, 132) == alone
 
 
 @needs_triton

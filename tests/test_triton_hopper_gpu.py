@@ -56,6 +56,32 @@ def test_many_tiles(width, positions, dtype):
     torch.testing.assert_close(lse.double(), right_lse, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("width", [72, 128])
+@pytest.mark.parametrize(
+    ("batch", "q_length", "k_length", "heads"),
+    [(1, 1, 1, 1), (2, 17, 300, 3), (1, 257, 129, 2), (2, 4500, 700, 40), (3, 640, 5000, 24)],
+)
+def test_programs_in_pairs_compute_what_programs_alone_do(batch, q_length, k_length, heads, width, masked):
+    """To the bit: they share loads and nothing else. One half of a pair is idle where the number of tiles is odd."""
+    from compiled_attn.ops import _hopper_launch as launch
+
+    query = random(batch, q_length, 2 * heads, width)
+    key, value = (random(batch, k_length, heads, width) for _ in "kv")
+    keep = None
+    if masked:
+        keep = torch.rand(batch, k_length, device="cuda") < 0.9
+        keep[:, : k_length // 2] = True
+    pairs, alone = launch.TABLE[128][:2]
+    assert (pairs.paired, alone.paired) == (True, False)
+    found = [
+        launch.forward(query, key, value, keep, None, 0, None, None, True, config=config)
+        for config in (pairs, alone, pairs, pairs)
+    ]
+    for one in found:
+        torch.testing.assert_close(one, found[1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("width", [64, 128])
 def test_a_neighbour_with_nan_reaches_nobody(width):
     lengths = starts_of(300, 100, 333)
