@@ -185,17 +185,12 @@ def consume(
             if PAIRED:
                 # rows behind the last are none: read as zeros, not written
                 first += half() * BLOCK_Q
+            if LISTED:
+                k_rest = gl.load(Count + number * 2) * BLOCK_K + gl.load(Count + number * 2 + 1)
             begin, end, shift, blocks, plain_begin, plain_end = keys_of(
                 first, q_rest, k_rest, left, right, LEFT, RIGHT, LOWER_RIGHT, BLOCK_Q, BLOCK_K
             )
             place = begin + (blocks - 1) * BLOCK_K
-            cut = plain_begin > 0
-            if LISTED:
-                blocks = gl.load(Count + number * 4)
-                plain_end = blocks
-                place = 0
-                end = gl.load(Count + number * 4 + 3)
-                cut = end < BLOCK_K
             within = first + part * ROWS + gl.arange(0, ROWS, layout=s_row)
             rows = within + shift
             top = gl.full([ROWS], float("-inf"), gl.float32, layout=s_row)
@@ -214,7 +209,7 @@ def consume(
             scores = warpgroup_mma(query, slots.index(slot).permute((1, 0)), start, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=(scores,))
             give_back(k_empty, slot, 0, CONSUMERS, NAMED)
-            if cut:
+            if plain_begin > 0:
                 scores = hide(scores, rows, place, end, left, right, LEFT, RIGHT, BLOCK_K, s_layout)
             top, lifted, fade = lift(scores, top, scale, True)
             fresh, total = soften(scores, lifted, total, fade, scale)

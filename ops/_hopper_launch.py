@@ -164,7 +164,7 @@ def folded(tensor: Tensor) -> Tensor:
 
 
 class Listed:
-    """What the kernel reads of a key-padding mask: number and list of blocks of keys, and the rows to find them in: of
+    """What the kernel reads of a key-padding mask: numbers and list of blocks of keys, and the rows to find them in: of
     K and V (B * Sk, H, D), and of copies, in which the keys of blocks with a hole are one behind the other.
     """
 
@@ -174,7 +174,7 @@ class Listed:
         self.room = max(length // block_k, 1)
         order, count, whole = (
             torch.empty(sizes, dtype=torch.int32, device=k.device)
-            for sizes in ((batch, length), (batch, 4), (batch, self.room))
+            for sizes in ((batch, length), (batch, 2), (batch, self.room))
         )
         copies = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (k, v)]
         index = k.device.index

@@ -76,8 +76,8 @@ def key_blocks(
     """Of each sequence of Keep (B, Sk) bool, what the kernel for sm_90 walks over in blocks of BLOCK_K keys.
 
     Whole (B, room) lists the blocks whose keys are all real, which are read in place. Order (B, Sk) lists the other
-    real keys, which :func:`gather_keys` packs: so no block but the last packed one needs a test. Count (B, 4) has the
-    number of blocks, of whole ones, of keys to pack, and of keys in the last block. One program for each sequence.
+    real keys, which :func:`gather_keys` packs: so no block but the last packed one needs a test. Count (B, 2) has the
+    number of whole blocks, and of keys to pack. One program for each sequence.
     """
     ROWS: tl.constexpr = BLOCK // BLOCK_K
     number = tl.program_id(0)
@@ -98,14 +98,8 @@ def key_blocks(
         tl.store(Order + rank, places, mask=(real != 0) & (full == 0)[:, None])
         whole += tl.sum(full, 0)
         rest += tl.sum(left, 0)
-    packed = (rest + BLOCK_K - 1) // BLOCK_K
-    if whole + rest == 0:
-        packed = 1  # one block without keys, so that rows without keys are written
-    Count += number * 4
-    tl.store(Count, whole + packed)
-    tl.store(Count + 1, whole)
-    tl.store(Count + 2, rest)
-    tl.store(Count + 3, tl.where(packed > 0, rest - (packed - 1) * BLOCK_K, BLOCK_K))
+    tl.store(Count + number * 2, whole)
+    tl.store(Count + number * 2 + 1, rest)
 
 
 @triton.jit(do_not_specialize=["k_batch", "k_row", "v_batch", "v_row", "length"])
@@ -118,7 +112,7 @@ def gather_keys(
     Grid: (Sk // ROWS, batch, WIDTH // COLUMNS).
     """
     number = tl.program_id(1)
-    rest = tl.load(Count + number * 4 + 2)
+    rest = tl.load(Count + number * 2 + 1)
     first = tl.program_id(0) * ROWS
     if first >= rest:
         return

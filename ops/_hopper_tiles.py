@@ -245,6 +245,15 @@ def produce(
         if (program < turns) & (first < q_rest):
             if PAIRED:
                 first += half() * BLOCK_Q
+            whole = 0
+            rest = 0
+            mine = Whole
+            base = number * k_rest
+            if LISTED:
+                mine = Whole + number * room
+                whole = gl.load(Count + number * 2)
+                rest = gl.load(Count + number * 2 + 1)
+                k_rest = whole * BLOCK_K + rest
             begin, _end, _shift, blocks, _plain_begin, _plain_end = keys_of(
                 first, q_rest, k_rest, left, right, LEFT, RIGHT, LOWER_RIGHT, BLOCK_Q, BLOCK_K
             )
@@ -252,15 +261,8 @@ def produce(
             if VARLEN:
                 leading = FAR
             k_leading = leading
-            whole = 0
-            rest = 0
-            mine = Whole
             if LISTED:
                 k_leading = FAR
-                mine = Whole + number * room
-                blocks = gl.load(Count + number * 4)
-                whole = gl.load(Count + number * 4 + 1)
-                rest = gl.load(Count + number * 4 + 2)
             key_head = head // GROUP
             place = k_inner + begin
             q_slot = (taken % Q_SLOTS) * CONSUMERS
@@ -276,7 +278,7 @@ def produce(
                 # Rows are computed from the step: of two names of one value before a loop Triton 3.6 and 3.7 carry one.
                 if step < blocks:
                     outer, row, packed = block_at(
-                        step, blocks, place, k_outer, mine, whole, rest, number * k_rest, LISTED, BLOCK_K
+                        step, blocks, place, k_outer, mine, whole, rest, base, LISTED, BLOCK_K
                     )
                     slot = (done + step) % K_SLOTS
                     await_free(k_empty, done + step, K_SLOTS, 0, CONSUMERS, NAMED, PAIRED, BEHIND)
@@ -287,7 +289,7 @@ def produce(
                     )  # fmt: skip
                 if step > 0:
                     outer, row, packed = block_at(
-                        step - 1, blocks, place, k_outer, mine, whole, rest, number * k_rest, LISTED, BLOCK_K
+                        step - 1, blocks, place, k_outer, mine, whole, rest, base, LISTED, BLOCK_K
                     )
                     slot = (done + step - 1) % V_SLOTS
                     await_free(v_empty, done + step - 1, V_SLOTS, K_SLOTS, CONSUMERS, NAMED, PAIRED, BEHIND)

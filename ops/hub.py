@@ -66,7 +66,7 @@ _register_flash(flash4, "FlashAttention-4", FLASH4, "flash_4_hub", None, _beta_8
 def _not_compiled_for(call: Call) -> str | None:
     """Its Python chooses among kernels for compute capability 8.0, 8.9, 9.0 and 12.0."""
     built = ((8, 0), (8, 9), (9, 0), (12, 0))
-    if call.capability is not None and call.capability > built[0] and call.capability not in built:
+    if call.capability is not None and call.capability[0] >= 8 and call.capability not in built:
         return f"has no kernel for compute capability {call.capability}, only for 8.0, 8.9, 9.0 and 12.0"
     return None
 

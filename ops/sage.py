@@ -49,7 +49,7 @@ def _not_on_12(call: Call) -> str | None:
 
 def _never_built(call: Call) -> str | None:
     """Compute capability 8.x, 9.0, 10.x and 12.x: setup.py of every release until December 2025 knows no other."""
-    if call.capability is not None and call.capability > (8, 0) and call.capability[0] not in (8, 9, 10, 12):
+    if call.capability is not None and call.capability[0] > 8 and call.capability[0] not in (9, 10, 12):
         return f"has no kernel for compute capability {call.capability}, only for 8.x, 9.0, 10.x and 12.x"
     return None
 
@@ -61,7 +61,7 @@ def _triton_padding_on_12(call: Call) -> str | None:
 
 def _only_hopper(call: Call) -> str | None:
     """Compute capability 9.0 only."""
-    if call.capability is not None and call.capability > (9, 0):  # what is below min_capability is refused for that
+    if call.capability is not None and call.capability[0] > 9:  # what is below min_capability is refused for that
         return f"needs compute capability (9, 0), not {call.capability}; use 'sage'"
     return None
 
