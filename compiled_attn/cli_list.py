@@ -15,13 +15,13 @@ import torch
 
 from . import cli_table, registry
 from .registry import Backend
-from .spec import LOWER_RIGHT, UPPER_LEFT, Limits, names
+from .spec import LOWER_RIGHT, UPPER_LEFT, Limits, dotted, names, other_capability
 
 BEGIN = "<!-- backends:begin -->"
 END = "<!-- backends:end -->"
 _VERIFIED = {"contract": "contract-tested, not run on hardware"}
 _SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
-_NARROW = 13  # characters in a column, where a terminal cannot show the full table
+_NARROW = 12  # characters in a column, where a terminal cannot show the full table
 _HEADERS = (
     "backend", "calls", "devices", "dtypes", "head_dim", "masks", "causal, Sq != Sk", "also", "gradient", "verified",
 )  # fmt: skip
@@ -80,11 +80,12 @@ def missing_devices(backend: Backend) -> list[str]:
         if not here:
             wanted = names(device for device in limits.devices if device != "meta")
             reason = f"runs on {wanted}; this machine has none"
-        elif here == ["cuda"] and limits.min_capability is not None:
-            have = max(torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count()))
-            if have >= limits.min_capability:
+        elif here == ["cuda"]:
+            have = sorted({torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())})
+            unfit = [other_capability(limits, one) for one in have]
+            if None in unfit:
                 return []
-            reason = f"needs compute capability {_dotted(limits.min_capability)}; this machine has {_dotted(have)}"
+            reason = f"{unfit[-1]}; this machine has {', '.join(map(str, have))}"
         else:
             return []
         if reason not in found:
@@ -139,10 +140,6 @@ def _verified(backend: Backend) -> str:
     return "/".join(sorted(ways, reverse=True))
 
 
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"
-
-
 def terminal() -> str:
     """The table for a terminal: what runs here first, then why the rest does not, then all capabilities."""
     here, elsewhere = [], []
@@ -185,8 +182,8 @@ def capabilities() -> list[tuple[str, ...]]:
 
 def _cells(limits: Limits) -> tuple[str, ...]:
     devices = ", ".join(device for device in limits.devices if device != "meta")
-    if limits.min_capability is not None:
-        devices += f" {_dotted(limits.min_capability)}+"
+    if dotted(limits):
+        devices += f" {dotted(limits)}"
     also = [
         word
         for word, has in (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compiled_attn.operators import Kernels
 from compiled_attn.packages import require
-from compiled_attn.spec import CAUSAL, Call
+from compiled_attn.spec import CAUSAL
 
 from ._quick_launch import on
 from ._sage_kernels import Forward, nothing
@@ -54,8 +54,5 @@ def kernels(package: Any) -> Kernels:
     return Kernels(forward)
 
 
-def only_12(call: Call) -> str | None:
-    """Compute capability 12.x only: the extension checks for 12.0 and 12.1."""
-    if call.capability is not None and call.capability[0] > 12:  # min_capability refuses what is below
-        return f"needs compute capability 12.x, not {call.capability}"
-    return None
+# the extension checks for 12.0 and 12.1
+CAPABILITIES: tuple[tuple[int, int | None], ...] = ((12, None),)

@@ -112,12 +112,6 @@ def _without_sm80() -> bool:
     return bool(CONFIG["build_flags"].get("FLASHATTENTION_DISABLE_SM8x", False))
 
 
-def architectures(call: Call) -> str | None:
-    if call.capability is not None and call.capability[0] > 9:
-        return f"has kernels for compute capability 8 and 9, not {call.capability}; use flash"
-    return None
-
-
 def wide_deterministic(call: Call) -> str | None:
     """The library asserts it: head dims over 192 are rounded up to 256."""
     if call.gradient and call.deterministic and call.query[-1] > 192:
@@ -125,9 +119,9 @@ def wide_deterministic(call: Call) -> str | None:
     return None
 
 
-_RULES = (architectures, wide_deterministic)
-LIMITS = _flash_common.limits(also=(padding_and_positions, *_RULES), verified="contract")
-VARLEN_LIMITS = _flash_common.limits(masks=("none",), also=_RULES, verified="contract")
+_SHARED: dict[str, Any] = {"capabilities": ((8, None), (9, None)), "verified": "contract"}
+LIMITS = _flash_common.limits(also=(padding_and_positions, wide_deterministic), **_SHARED)
+VARLEN_LIMITS = _flash_common.limits(masks=("none",), also=(wide_deterministic,), **_SHARED)
 
 PACKAGE = Package(
     "flash_attn_interface",

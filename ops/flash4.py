@@ -108,8 +108,6 @@ def architectures(call: Call) -> str | None:
         return None
     major = call.capability[0]
     width = -(-call.query[-1] // 8) * 8
-    if major > 12:
-        return f"has kernels for compute capability 8 to 12, not {call.capability}"
     if major == 8 and call.gradient:
         return f"has no backward on compute capability {call.capability}; use flash"
     if major == 12 and call.gradient and call.deterministic:
@@ -122,8 +120,9 @@ def architectures(call: Call) -> str | None:
     return None
 
 
-LIMITS = _flash_common.limits(also=(padding_and_positions, architectures))
-VARLEN_LIMITS = _flash_common.limits(masks=("none",), also=(architectures,))
+CAPABILITIES: tuple[tuple[int, int | None], ...] = tuple((major, None) for major in range(8, 13))
+LIMITS = _flash_common.limits(capabilities=CAPABILITIES, also=(padding_and_positions, architectures))
+VARLEN_LIMITS = _flash_common.limits(capabilities=CAPABILITIES, masks=("none",), also=(architectures,))
 
 PACKAGE = Package(
     "flash_attn.cute",

@@ -63,14 +63,6 @@ _register_flash(flash3, "FlashAttention-3", FLASH3, "_flash_3_hub", "_flash_3_va
 _register_flash(flash4, "FlashAttention-4", FLASH4, "flash_4_hub", None, _beta_8)
 
 
-def _not_compiled_for(call: Call) -> str | None:
-    """Its Python chooses among kernels for compute capability 8.0, 8.9, 9.0 and 12.0."""
-    built = ((8, 0), (8, 9), (9, 0), (12, 0))
-    if call.capability is not None and call.capability[0] >= 8 and call.capability not in built:
-        return f"has no kernel for compute capability {call.capability}, only for 8.0, 8.9, 9.0 and 12.0"
-    return None
-
-
 _facts = Facts()
 SAGE = hub_kernel("SageAttention/sage-attention", 3, lambda module: bind_dense(module, _facts))
 register_backend(
@@ -78,8 +70,8 @@ register_backend(
         "sage_hub",
         "SageAttention's choice of kernel for the GPU, from the Hub",
         family="SageAttention",
-        # its build has no packed kernels, so no key-padding masks
-        limits=(sage.dense_limits(_facts, _not_compiled_for, verified="contract"),),
+        # its build has no packed kernels, so no key-padding masks; its Python chooses among kernels for these
+        limits=(sage.dense_limits(_facts, capabilities=((8, 0), (8, 9), (9, 0), (12, 0)), verified="contract"),),
         dense=sage_kernels(Loaded(SAGE), "sage_hub"),
         packages=(SAGE,),
     )
@@ -93,7 +85,7 @@ register_backend(
         family="SageAttention",
         limits=(
             sage.limits(
-                _sage_blackwell.only_12, min_capability=(12, 0), gqa=False, lse=False, verified="contract",
+                capabilities=_sage_blackwell.CAPABILITIES, gqa=False, lse=False, verified="contract",
                 rounding=_sage_blackwell.FP4,
             ),
         ),

@@ -47,23 +47,9 @@ def _not_on_12(call: Call) -> str | None:
     return None
 
 
-def _never_built(call: Call) -> str | None:
-    """Compute capability 8.x, 9.0, 10.x and 12.x: setup.py of every release until December 2025 knows no other."""
-    if call.capability is not None and call.capability[0] > 8 and call.capability[0] not in (9, 10, 12):
-        return f"has no kernel for compute capability {call.capability}, only for 8.x, 9.0, 10.x and 12.x"
-    return None
-
-
 def _triton_padding_on_12(call: Call) -> str | None:
     """Key padding goes through its Triton kernels, which are not usable on 12.x."""
     return _not_on_12(call) if call.mask == "key_padding" else None
-
-
-def _only_hopper(call: Call) -> str | None:
-    """Compute capability 9.0 only."""
-    if call.capability is not None and call.capability[0] > 9:  # what is below min_capability is refused for that
-        return f"needs compute capability (9, 0), not {call.capability}; use 'sage'"
-    return None
 
 
 def _release(facts: Facts, masked_entry: bool = False) -> Callable[[Call], str | None]:
@@ -122,6 +108,10 @@ register_backend(
 )
 
 
+# setup.py of every release until December 2025 knows these and no other
+_BUILT: tuple[tuple[int, int | None], ...] = ((8, None), (9, 0), (10, None), (12, None))
+
+
 def _register_pinned(name: str, summary: str, *rules: Callable[[Call], str | None], **changes: Any) -> None:
     """One kernel of the library, pinned: ``_sage_<kernel>`` is the library's ``sageattn_<kernel>``."""
     entry = "sageattn" + name.removeprefix("_sage")
@@ -146,22 +136,20 @@ _register_pinned(
     "_sage_qk_int8_pv_fp8_cuda",
     "SageAttention, pinned: int8 QK^T, fp8 PV",
     _sizes_on_12,
-    _never_built,
-    min_capability=(8, 9),
+    capabilities=((8, 9), *_BUILT[1:]),
     rounding=FP8,
 )
 _register_pinned(
     "_sage_qk_int8_pv_fp8_cuda_sm90",
     "SageAttention, pinned: int8 QK^T, fp8 PV, for Hopper",
-    _only_hopper,
-    min_capability=(9, 0),
+    capabilities=((9, 0),),
     rounding=FP8,
 )
 _register_pinned(
     "_sage_qk_int8_pv_fp16_cuda",
     "SageAttention, pinned: int8 QK^T, float16 PV",
     _not_on_12,
-    _never_built,
+    capabilities=_BUILT,
 )
 _register_pinned(
     "_sage_qk_int8_pv_fp16_triton",

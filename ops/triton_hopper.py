@@ -80,12 +80,10 @@ def hopper_varlen_forward(
     return *PACKAGE.load().forward(q, k, v, None, starts, causal, scale, window, return_lse), None
 
 
-def only_hopper(call: Call) -> str | None:
-    """A rule for Limits: wgmma and TMA as the kernel uses them are compute capability 9.0's and nobody else's."""
+def not_rocm(call: Call) -> str | None:
+    """A rule for Limits: a gfx90a says compute capability (9, 0) too."""
     if call.devices[0] == "cuda" and torch.version.hip is not None:
         return "is written for NVIDIA's compute capability (9, 0), not for ROCm; use backend 'triton'"
-    if call.capability is not None and call.capability[0] > CAPABILITY[0]:  # Dynamo of torch 2.11 has no > of tuples
-        return f"is written for compute capability {CAPABILITY} alone, not {call.capability}; use backend 'triton'"
     return None
 
 
@@ -115,12 +113,12 @@ def fastest(call: Call) -> bool:
 
 
 LIMITS = Limits(
-    ("cuda",), tuple(reversed(LOW_PRECISION)), min_capability=CAPABILITY, max_head_dim=MAX_HEAD_DIM,
-    head_dim_multiple=8, masks=("none", "key_padding"), window=True, also=(only_hopper, padding_and_positions),
+    ("cuda",), tuple(reversed(LOW_PRECISION)), capabilities=(CAPABILITY,), max_head_dim=MAX_HEAD_DIM,
+    head_dim_multiple=8, masks=("none", "key_padding"), window=True, also=(not_rocm, padding_and_positions),
 )  # fmt: skip
 VARLEN_LIMITS = Limits(
-    ("cuda",), LIMITS.dtypes, min_capability=CAPABILITY, max_head_dim=MAX_HEAD_DIM, head_dim_multiple=8, window=True,
-    also=(only_hopper,),
+    ("cuda",), LIMITS.dtypes, capabilities=(CAPABILITY,), max_head_dim=MAX_HEAD_DIM, head_dim_multiple=8, window=True,
+    also=(not_rocm,),
 )  # fmt: skip
 
 DENSE = Kernels(hopper_forward, triton_backward)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
+import compiled_attn
+from compiled_attn import registry
 from compiled_attn.spec import MASK_KINDS, Call, Limits, mistakes, reasons
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -42,6 +45,11 @@ VIOLATIONS = {
     "devices": (("cuda", "xpu"), {}, "runs on cuda/xpu, not cpu"),
     "dtypes": ((torch.float16, BF16), {}, "takes float16/bfloat16, not float32"),
     "min_capability": ((9, 0), {"capability": (8, 6)}, "needs compute capability (9, 0), not (8, 6)"),
+    "capabilities": (
+        ((8, 0), (12, None)),
+        {"capability": (8, 6)},
+        "has kernels for compute capability 8.0, 12.x, not (8, 6)",
+    ),
     "min_head_dim": (65, {}, "head_dim=64 is under 65"),
     "max_head_dim": (63, {}, "head_dim=64 is over 63"),
     "head_dim_multiple": (48, {}, "head_dim=64 is not a multiple of 48"),
@@ -72,6 +80,28 @@ def test_each_limit_alone(field):
 def test_every_field_of_limits_is_tested():
     fields = {field.name for field in dataclasses.fields(Limits)}
     assert fields - set(VIOLATIONS) == {"verified", "rounding"}  # how the entry is known, how exact it is; no rules
+
+
+class OrderedBySmaller(tuple):
+    """What Dynamo of torch 2.11 can compare of tuples: equal, and <."""
+
+    def __gt__(self, other):
+        raise AssertionError("a rule asks whether a tuple is greater; compare capability[0], or name capabilities")
+
+    __ge__ = __le__ = __gt__
+
+
+@pytest.mark.parametrize("name", compiled_attn.list_backends())
+def test_rules_can_be_traced_by_dynamo_of_torch_2_11(name):
+    """Found on an H200 where compiled calls of sage_hub ended in an error inside Dynamo."""
+    backend = registry.backend_info(name)
+    for capability in ((7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 1), (13, 0)):
+        facts = {"devices": ("cuda",) * 3, "dtypes": (BF16,) * 3, "capability": OrderedBySmaller(capability)}
+        for gradient, head_dim in itertools.product((False, True), (64, 256)):
+            facts["gradient"] = gradient
+            for limits, shape in ((backend.limits, (2, 40, 4)), (backend.varlen_limits, (40, 4))):
+                shapes = dict.fromkeys(("query", "key", "value"), (*shape, head_dim))
+                assert not limits or reasons(limits, changed(**facts, **shapes, varlen=len(shape) == 2)) is not None
 
 
 def test_all_reasons_at_once():

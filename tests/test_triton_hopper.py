@@ -58,8 +58,8 @@ def _call(**change: object) -> Call:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"capability": (8, 0)}, "needs compute capability (9, 0), not (8, 0)"),
-        ({"capability": (10, 0)}, "is written for compute capability (9, 0) alone, not (10, 0)"),
+        ({"capability": (8, 0)}, "has kernels for compute capability 9.0, not (8, 0)"),
+        ({"capability": (10, 0)}, "has kernels for compute capability 9.0, not (10, 0)"),
         ({"devices": ("cpu",) * 3, "capability": None}, "runs on cuda, not cpu"),
         ({"dtypes": (torch.float32,) * 3}, "takes bfloat16/float16, not float32"),
         ({"query": (2, 9, 4, 20), "key": (2, 9, 2, 20), "value": (2, 9, 2, 20)}, "head_dim=20 is not a multiple of 8"),
