@@ -194,8 +194,8 @@ def copies(code: str) -> list[tuple[str, bool]]:
 
 
 def shared_copies(code: str) -> list[tuple[str, bool]]:
-    """What :func:`copies` says, of programs in pairs, whose copies are inline PTX: of ptx, the register of the row, and
-    whether the innermost loop around the copy writes it.
+    """What :func:`copies` says, of programs in pairs, whose copies are inline PTX: of ptx, the parameters with tensor
+    maps, and whether the innermost loop around the copy writes the register of the row.
     """
     lines = code.splitlines()
     places = {line.split(":")[0]: index for index, line in enumerate(lines) if line.startswith("$L__BB")}
@@ -210,7 +210,7 @@ def shared_copies(code: str) -> list[tuple[str, bool]]:
         if copy:
             begin, end = min((loop for loop in loops if loop[0] < index < loop[1]), key=lambda loop: loop[1] - loop[0])
             written = any(re.match(rf"\s*[\w.]+\s+{copy[1]}, ", one) for one in lines[begin:end])
-            found.append((copy[1], written))
+            found.append(("/".join(re.findall(r"mov\.b64 [mn], hopper_forward_param_(\d+);", line)), written))
     return found
 
 
@@ -297,7 +297,7 @@ def main(targets: list[str], widths: list[int], variants: list[str], kinds: list
                         report["copies"] = copies(kernel.asm["ttgir"])
                         if config.paired:
                             report["copies"] = shared_copies(kernel.asm["ptx"])
-                            _hopper_launch.check_pairs(config, 128, variant == "listed", kernel.asm["ptx"])
+                            assert _hopper_launch.check_pairs(config, 128, variant == "listed", kernel.asm["ptx"])
                     found[f"{target} {kind} {head_dim} {variant}"] = report
     json.dump(found, sys.stdout)
     print()

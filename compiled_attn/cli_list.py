@@ -15,7 +15,7 @@ import torch
 
 from . import cli_table, registry
 from .registry import Backend
-from .spec import LOWER_RIGHT, UPPER_LEFT, Limits, dotted, names, other_capability
+from .spec import LOWER_RIGHT, UPPER_LEFT, Limits, asked_capability, capabilities_of, dotted, fits_capability, names
 
 BEGIN = "<!-- backends:begin -->"
 END = "<!-- backends:end -->"
@@ -82,10 +82,9 @@ def missing_devices(backend: Backend) -> list[str]:
             reason = f"runs on {wanted}; this machine has none"
         elif here == ["cuda"]:
             have = sorted({torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())})
-            unfit = [other_capability(limits, one) for one in have]
-            if None in unfit:
+            if any(fits_capability(limits, one) for one in have):
                 return []
-            reason = f"{unfit[-1]}; this machine has {', '.join(map(str, have))}"
+            reason = f"{asked_capability(limits)}; this machine has {', '.join(map(dotted, have))}"
         else:
             return []
         if reason not in found:
@@ -95,7 +94,10 @@ def missing_devices(backend: Backend) -> list[str]:
 
 def absences(name: str) -> list[str]:
     """Every reason why backend ``name`` cannot run on this machine, in this process; empty when it can."""
-    return registry.unavailable(name) + missing_devices(registry.backend_info(name))
+    backend = registry.backend_info(name)
+    # what speaks of the device itself (triton_hopper) has said it
+    said = backend.available is not None and backend.available()
+    return registry.unavailable(name) + ([] if said else missing_devices(backend))
 
 
 def fetched(name: str) -> bool:
@@ -182,8 +184,8 @@ def capabilities() -> list[tuple[str, ...]]:
 
 def _cells(limits: Limits) -> tuple[str, ...]:
     devices = ", ".join(device for device in limits.devices if device != "meta")
-    if dotted(limits):
-        devices += f" {dotted(limits)}"
+    if capabilities_of(limits):
+        devices += f" {capabilities_of(limits)}"
     also = [
         word
         for word, has in (

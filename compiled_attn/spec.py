@@ -63,8 +63,8 @@ class Limits:
     ``torch.use_deterministic_algorithms(True)`` makes it so; or "never".
     ``alignments`` are the causal and window alignments served when Sq != Sk; with Sq == Sk both are one. (Packed
     lengths are on the device: there the two are one when cu_seqlens_q and cu_seqlens_k are the same tensor.)
-    ``capabilities``, if there are any, are the compute capabilities with a kernel, (8, 9), or (8, None) for all of 8.x;
-    ``min_capability`` does not count then.
+    ``capabilities`` are, instead of ``min_capability``, the only compute capabilities with a kernel: (8, 9), or
+    (8, None) for all of 8.x.
     ``verified`` says how the entry is known: "hardware", "contract" (recorded signatures
     only) or "not run".
     ``rounding`` is what kernels that round to int8, fp8 or fp4 may add to the error of out, as a share of its root mean
@@ -98,31 +98,44 @@ class Limits:
     rounding: float = 0.0
     also: tuple[Callable[[Call], str | None], ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.capabilities and self.min_capability is not None:
+            raise ValueError("Limits takes min_capability or capabilities, not both")
+
 
 def names(values: object) -> str:
     """``(torch.float16, torch.bfloat16)`` as ``float16/bfloat16``, for messages."""
     return "/".join(str(value).removeprefix("torch.") for value in values) or "nothing"  # type: ignore[attr-defined]
 
 
-def other_capability(limits: Limits, capability: tuple[int, int]) -> str | None:
-    """What ``limits`` ask of a GPU, if one of ``capability`` is not it."""
+def fits_capability(limits: Limits, capability: tuple[int, int]) -> bool:
     if limits.capabilities:
-        fits = capability in limits.capabilities or (capability[0], None) in limits.capabilities
-        return None if fits else f"has kernels for compute capability {dotted(limits)}"
+        return capability in limits.capabilities or (capability[0], None) in limits.capabilities
     # Dynamo of torch 2.11 compares tuples by < alone
-    if limits.min_capability is not None and capability < limits.min_capability:
-        return f"needs compute capability {limits.min_capability}"
-    return None
+    return limits.min_capability is None or not capability < limits.min_capability
 
 
-def dotted(limits: Limits) -> str:
+def asked_capability(limits: Limits) -> str:
+    """What :func:`fits_capability` asks, for messages."""
+    if limits.capabilities:
+        return f"has kernels for compute capability {capabilities_of(limits)}"
+    return f"needs compute capability {dotted(limits.min_capability or (0, 0))} or later"
+
+
+def capabilities_of(limits: Limits) -> str:
     """The compute capabilities of ``limits``: ``8.0+``, or ``8.x, 9.0``, or ``8.x-12.x``; nothing if any will do."""
     majors = [major for major, minor in limits.capabilities if minor is None]
     if len(majors) == len(limits.capabilities) > 2 and majors == list(range(majors[0], majors[-1] + 1)):
         return f"{majors[0]}.x-{majors[-1]}.x"
     if limits.capabilities:
-        return ", ".join(f"{major}.{'x' if minor is None else minor}" for major, minor in limits.capabilities)
-    return "" if limits.min_capability is None else "{}.{}+".format(*limits.min_capability)
+        return ", ".join(dotted(one) for one in limits.capabilities)
+    return "" if limits.min_capability is None else dotted(limits.min_capability) + "+"
+
+
+def dotted(capability: tuple[int, int | None]) -> str:
+    """``(9, 0)`` as ``9.0``, and ``(9, None)`` as ``9.x``."""
+    major, minor = capability
+    return f"{major}.{'x' if minor is None else minor}"
 
 
 def mistakes(call: Call) -> list[str]:
@@ -185,10 +198,8 @@ def reasons(limits: tuple[Limits, ...], call: Call) -> list[str]:
         found.append(f"runs on {'/'.join(d for limit in limits for d in limit.devices)}, not {device}")
         chosen = limits[0]
     dtype, head_dim = call.dtypes[0], call.query[-1]
-    if call.capability is not None:
-        unfit = other_capability(chosen, call.capability)
-        if unfit is not None:
-            found.append(f"{unfit}, not {call.capability}")
+    if call.capability is not None and not fits_capability(chosen, call.capability):
+        found.append(f"{asked_capability(chosen)}, not {dotted(call.capability)}")
     if dtype not in chosen.dtypes:
         found.append(f"takes {names(chosen.dtypes)}, not {names((dtype,))}")
     if head_dim < chosen.min_head_dim:

@@ -83,7 +83,7 @@ def limits(**differing: Any) -> Limits:
     shared: dict[str, Any] = {
         "devices": ("cuda",),
         "dtypes": tuple(reversed(LOW_PRECISION)),
-        "min_capability": (8, 0),
+        "min_capability": None if "capabilities" in differing else (8, 0),
         "max_head_dim": 256,
         "masks": ("none", "key_padding"),
         "alignments": (LOWER_RIGHT,),

@@ -298,7 +298,7 @@ def hopper_forward(
     _hopper_pairs.py has it; neither packed sequences nor positions.
     """
     gl.static_assert(TURN + CONSUMERS <= FREE)
-    gl.static_assert(not PAIRED or (NAMED and CONSUMERS == 2 and not (VARLEN or LEFT or RIGHT)))
+    gl.static_assert(not PAIRED or (NAMED and CONSUMERS == 2 and WIDTH == 128 and not (VARLEN or LEFT or RIGHT)))
     gl.static_assert(not NAMED or FREE + K_SLOTS + V_SLOTS <= 16, "there are 16 named barriers")
     dtype: gl.constexpr = q_rows.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], dtype)

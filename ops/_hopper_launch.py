@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -98,14 +100,18 @@ def choose(head_dim: int, positional: bool, alone: bool) -> Config:
 
 
 def better_alone(q_length: int, heads: int, processors: int) -> bool:
-    """Whether pairs, which have tiles twice as long, would leave more than 2 % of the GPU idle than programs alone do;
-    ``heads`` of all the batch.
+    """Whether pairs, whose tiles are twice as long, would take over 2 % more rounds than programs alone; ``heads``: of
+    all the batch.
     """
     tiles = -(-q_length // (2 * ROWS))
     pairs = -(-tiles // 2)
     # rounds over all programs, and over all pairs
     alone, paired = -(-tiles * heads // processors), -(-pairs * heads // (processors // 2))
     return 50 * paired > 51 * alone
+
+
+# what check_pairs found in this process
+_misplaced: list[str] = []
 
 
 @functools.cache
@@ -144,15 +150,18 @@ def _descriptor(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, sizes, steps, [1, 1, 1, rows, width], layout(width))
 
 
-def check_pairs(config: Config, width: int, listed: bool, ptx: str) -> None:
-    """Raise NotImplementedError unless a kernel compiled for pairs keeps things where its inline PTX looks for them."""
+def check_pairs(config: Config, width: int, listed: bool, ptx: str) -> bool:
+    """Whether a kernel compiled for pairs keeps things where its inline PTX looks for them. Warns if it does not, and
+    keeps this process from trying again: programs alone need none of it.
+    """
     parts, slots = config.q_slots * config.consumers, (config.k_slots, config.v_slots)
     of_slots = 2 * sum(slots) * config.block_k * width
     found = misplaced(ptx, of_slots, of_slots + 2 * parts * ROWS * width, (*slots, *slots, parts, parts), listed)
     if found:
-        raise NotImplementedError(
-            report("triton_hopper: this triton lays its kernel out otherwise; take backend 'triton':", found)
-        )
+        _misplaced.extend(found)
+        head = f"triton_hopper: triton {triton.__version__} lays its kernel for programs in pairs out otherwise than it"
+        warnings.warn(report(f"{head} expects; programs work alone, up to 4 % slower:", found), stacklevel=2)
+    return not found
 
 
 def folded(tensor: Tensor) -> Tensor:
@@ -216,13 +225,14 @@ def forward(
     left, right = min(left, FAR), min(right, FAR)
     width = width_of(head_dim)
     if config is None:
-        alone = packed or better_alone(q_length, heads * q.shape[0], _processors(q.device.index))
+        alone = packed or bool(_misplaced) or better_alone(q_length, heads * q.shape[0], _processors(q.device.index))
         config = choose(head_dim, left >= 0 or right >= 0, alone)
     block_q = config.consumers * ROWS * (2 if config.paired else 1)
     together = 1
     if right >= 0:
         together = max(_TOGETHER // (4 * max(k_length, 1) * width), 1)
     listed, copies, lists, room = None, [None, None], (out, out), 0
+    given = (k, v)
     with on(q.device):
         if key_padding is not None:
             listed = Listed(k, v, key_padding, config.block_k)
@@ -248,7 +258,7 @@ def forward(
         rows = [_descriptor(tensor, config.block_k, width) for tensor in (k, v)]
         if listed is not None:
             copies = [_descriptor(tensor, config.block_k, width) for tensor in listed.copies]
-        launch(
+        launched = launch(
             hopper_forward, (programs, 1, 1),
             (
                 _descriptor(q, ROWS, width), *rows, *copies, _descriptor(out, ROWS, width), out if lse is None else lse,
@@ -263,4 +273,6 @@ def forward(
             4, q.device.index,
             functools.partial(check_pairs, config, width, listed is not None) if config.paired else None,
         )  # fmt: skip
+    if not launched:
+        return forward(q, *given, key_padding, starts, causal, scale, window, return_lse, TABLE[width][1])
     return out, lse

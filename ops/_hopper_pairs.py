@@ -3,9 +3,10 @@
 Each loads half the columns of a block, into the memory of both: a block leaves L2 once for 256 rows of Q instead of
 once for 128. Long calls run at the card's power limit, and what is not moved is not paid for (docs/triton_hopper.md).
 
-Gluon (triton 3.6 to 3.8) can neither ask for a copy to several multiprocessors nor arrive at another's mbarrier, so
-this is inline PTX. It has to know two things that Gluon does not tell: which parameter of the kernel is which tensor
-map, and where the kernel's allocations begin in shared memory. :func:`misplaced` reads both off the compiled kernel.
+Gluon of triton 3.6 can neither ask for a copy to several multiprocessors nor arrive at another's mbarrier, that of 3.7
+can for kernels compiled for clusters. So this is inline PTX. It has to know two things that Gluon does not tell: which
+parameter of the kernel is which tensor map, and where the kernel's allocations begin in shared memory.
+:func:`misplaced` reads both off the compiled kernel.
 """
 
 # mypy: allow-untyped-defs
@@ -150,6 +151,6 @@ def misplaced(ptx: str, slots: int, behind: int, used: tuple[int, ...], listed: 
     if made != wanted:
         found.append(f"mbarriers are at bytes {sorted(made)} of shared memory instead of {sorted(wanted)}")
     results = {places.get(one, 0) for one in re.findall(r"global\.shared::cta\.bulk_group \[.*\], \[(%r\d+)\]", ptx)}
-    if min(results) != slots:
-        found.append(f"the rows of Q are from byte {min(results)} of shared memory on instead of from {slots}")
+    if min(results, default=None) != slots:
+        found.append(f"rows of Q are at bytes {sorted(results)} of shared memory, the first is not at {slots}")
     return found

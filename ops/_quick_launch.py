@@ -55,13 +55,14 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 def launch(
     kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: dict[str, Any], warps: int,
-    index: int | None, paired: Callable[[str], None] | None = None,
-) -> None:  # fmt: skip
+    index: int | None, paired: Callable[[str], bool] | None = None,
+) -> bool:  # fmt: skip
     """``kernel`` on the current stream of the current device, ``index``; ``constants`` in the order of its parameters,
     which they end.
 
     ``paired``: ``grid`` counts clusters of two programs, for a kernel that deals with them in PTX of its own, while
-    Triton compiles it for programs that are alone; called with the PTX before it first runs.
+    Triton compiles it for programs that are alone. Called with the PTX before it first runs; if it says no, nothing is
+    launched, and the result is False.
     """
     key = (kernel, index, warps, *map(_form, arguments), *constants.values())
     compiled = _compiled.get(key)
@@ -70,12 +71,14 @@ def launch(
             compiled = kernel[grid](*arguments, **constants, num_warps=warps)
             if compiled is not None:  # by Triton's interpreter it is
                 _compiled[key] = compiled
-            return
+            return True
         from triton.compiler import make_backend
 
         compiled = kernel.warmup(*arguments, grid=grid, **constants, num_warps=warps)
-        paired(compiled.asm["ptx"])
+        if not paired(compiled.asm["ptx"]):
+            return False
         metadata = compiled.metadata._replace(num_ctas=2)
         compiled.packed_metadata = make_backend(metadata.target).pack_metadata(metadata)
         _compiled[key] = compiled
     compiled[grid](*arguments, *constants.values())
+    return True

@@ -64,7 +64,8 @@ def _release(facts: Facts, masked_entry: bool = False) -> Callable[[Call], str |
 def limits(*rules: Callable[[Call], str | None], **changes: Any) -> Limits:
     """What all of them share: causal for Sq == Sk only, no gradient, 32-bit offsets."""
     settings: dict[str, Any] = {
-        "min_capability": (8, 0), "max_head_dim": 128, "alignments": (), "gradient": False, "rounding": INT8, **changes
+        "min_capability": None if "capabilities" in changes else (8, 0), "max_head_dim": 128, "alignments": (),
+        "gradient": False, "rounding": INT8, **changes,
     }  # fmt: skip
     return Limits(("cuda",), LOW_PRECISION, also=(_offsets, *rules), **settings)
 

@@ -518,10 +518,12 @@ def installed() -> Any:
     def launch(
         asked: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], warps: int,
         index: Any, paired: Any = None,
-    ) -> None:  # fmt: skip
+    ) -> bool:  # fmt: skip
         if asked is not kernel:
             asked[grid](*arguments, **constants)
-            return
+            return True
+        if paired is not None and unfit:
+            return False
         made = [
             Pointer(one) if isinstance(one, Tensor) else Descriptor(one) if hasattr(one, "base") else one
             for one in arguments
@@ -533,6 +535,7 @@ def installed() -> Any:
         language.num_programs = lambda axis: size * grid[0]
         for first in range(0, size * grid[0], size):
             run_cluster(kernel.fn, made, constants, list(range(first, first + size)))
+        return True
 
     _hopper_launch.launch = launch
     _hopper_launch._processors = lambda index: PROCESSORS
@@ -561,12 +564,14 @@ PACKED = {  # starts of queries and keys, rows behind, causal
     "causal": ([0, 290, 300], [0, 290, 600], 0, 3),
     "nothing": ([0, 0, 0], [0, 5, 5], 9, 0),
 }
-# programs at a time of the kernels that ran, and the cases of pairs
+# programs at a time of the kernels that ran, whether a kernel for pairs is found laid out otherwise, the cases of pairs
 sizes: list[int] = []
+unfit: list[bool] = []
 IN_PAIRS = {"dense pairs", "dense pairs_one_idle", *(f"masked {name} 128" for name in ("hole", "random", "mixed"))}
 MASKED = ("hole", "random", "mixed")
 CASES = [f"dense {name}" for name in DENSE] + [f"packed {name} {width}" for name in PACKED for width in (64, 128)]
 CASES += [f"masked {name} {width}" for name in MASKED for width in (64, 128)]
+CASES += ["dense pairs unfit", "masked mixed 128 unfit"]
 
 
 def compare(found: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> str:
@@ -622,6 +627,7 @@ def main() -> None:
     for case in itertools.chain(sys.argv[1:] or CASES):
         try:
             sizes.clear()
+            unfit[:] = [True] if case.endswith(" unfit") else []
             found[case] = run(launch, case)
             assert set(sizes) <= {2 if case in IN_PAIRS else 1}, f"run {sizes} at a time"
         except (AssertionError, TimeoutError) as error:

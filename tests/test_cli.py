@@ -82,7 +82,7 @@ def test_absent_device_is_a_reason(monkeypatch: pytest.MonkeyPatch, nowhere: Bac
     with_gpus(monkeypatch)
     assert cli_list.missing_devices(nowhere) == [NO_CUDA, "runs on xpu; this machine has none"]
     with_gpus(monkeypatch, (7, 5), (8, 0))
-    assert cli_list.missing_devices(nowhere)[0] == "needs compute capability (9, 0); this machine has (7, 5), (8, 0)"
+    assert cli_list.missing_devices(nowhere)[0] == "needs compute capability 9.0 or later; this machine has 7.5, 8.0"
     with_gpus(monkeypatch, (7, 5), (9, 0))
     assert cli_list.missing_devices(nowhere) == []
 

@@ -180,7 +180,7 @@ def test_what_a_library_wrapped_into_an_operator_is_unwrapped():
 REFUSED = {
     "takes bfloat16/float16, not float32": {"dtypes": (torch.float32,) * 3},
     "head_dim=264 is over 256": flash_checks.wide(264),
-    "needs compute capability (8, 0), not (7, 5)": {"capability": (7, 5)},
+    "needs compute capability 8.0 or later, not 7.5": {"capability": (7, 5)},
     "takes key_padding masks, so not a bool mask": {"mask": "bool"},
     "takes key_padding masks, so not a float mask": {"mask": "float"},
     "needs one head_dim": {"value": (2, 6, 4, 32)},

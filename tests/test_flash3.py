@@ -87,8 +87,8 @@ def test_half_precision(library):
 REFUSED = {
     "takes bfloat16/float16, not float32": {"dtypes": (torch.float32,) * 3},
     "head_dim=264 is over 256": wide(264),
-    "has kernels for compute capability 8.x, 9.x, not (7, 5)": {"capability": (7, 5)},
-    "for compute capability 8.x, 9.x, not (10, 0)": {"capability": (10, 0)},
+    "has kernels for compute capability 8.x, 9.x, not 7.5": {"capability": (7, 5)},
+    "for compute capability 8.x, 9.x, not 10.0": {"capability": (10, 0)},
     "no deterministic backward for head_dim=200 over 192": {"gradient": True, "deterministic": True, **wide(200)},
     "has no dropout": {"dropout_p": 0.1},
     "takes key_padding masks, so not a float mask": {"mask": "float"},

@@ -130,8 +130,8 @@ def test_half_precision(library):
 REFUSED = {
     "takes bfloat16/float16, not float32": {"dtypes": (torch.float32,) * 3},
     "head_dim=264 is over 256": wide(264),
-    "has kernels for compute capability 8.x-12.x, not (7, 5)": {"capability": (7, 5)},
-    "for compute capability 8.x-12.x, not (13, 0)": {"capability": (13, 0)},
+    "has kernels for compute capability 8.x-12.x, not 7.5": {"capability": (7, 5)},
+    "for compute capability 8.x-12.x, not 13.0": {"capability": (13, 0)},
     "no backward on compute capability (8, 9); use flash": {"capability": (8, 9), "gradient": True},
     "no deterministic backward on compute capability (12, 0)": {
         "capability": (12, 0), "gradient": True, "deterministic": True,

@@ -44,11 +44,11 @@ def test_a_call_within_all_limits_has_no_reasons():
 VIOLATIONS = {
     "devices": (("cuda", "xpu"), {}, "runs on cuda/xpu, not cpu"),
     "dtypes": ((torch.float16, BF16), {}, "takes float16/bfloat16, not float32"),
-    "min_capability": ((9, 0), {"capability": (8, 6)}, "needs compute capability (9, 0), not (8, 6)"),
+    "min_capability": ((9, 0), {"capability": (8, 6)}, "needs compute capability 9.0 or later, not 8.6"),
     "capabilities": (
         ((8, 0), (12, None)),
         {"capability": (8, 6)},
-        "has kernels for compute capability 8.0, 12.x, not (8, 6)",
+        "has kernels for compute capability 8.0, 12.x, not 8.6",
     ),
     "min_head_dim": (65, {}, "head_dim=64 is under 65"),
     "max_head_dim": (63, {}, "head_dim=64 is over 63"),
@@ -77,9 +77,24 @@ def test_each_limit_alone(field):
     assert reason in found
 
 
+def test_a_least_capability_and_a_list_of_them_exclude_each_other():
+    with pytest.raises(ValueError, match="min_capability or capabilities, not both"):
+        dataclasses.replace(ALL, min_capability=(8, 0), capabilities=((9, 0),))
+
+
 def test_every_field_of_limits_is_tested():
     fields = {field.name for field in dataclasses.fields(Limits)}
     assert fields - set(VIOLATIONS) == {"verified", "rounding"}  # how the entry is known, how exact it is; no rules
+
+
+MORE: list[dict] = [
+    {},
+    {"causal": True},
+    {"dropout_p": 0.5},
+    {"lse": True},
+    {"deterministic": True},
+    {"window": (3, 3)},
+]
 
 
 class OrderedBySmaller(tuple):
@@ -97,11 +112,14 @@ def test_rules_can_be_traced_by_dynamo_of_torch_2_11(name):
     backend = registry.backend_info(name)
     for capability in ((7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 1), (13, 0)):
         facts = {"devices": ("cuda",) * 3, "dtypes": (BF16,) * 3, "capability": OrderedBySmaller(capability)}
-        for gradient, head_dim in itertools.product((False, True), (64, 256)):
-            facts["gradient"] = gradient
+        for gradient, head_dim, mask, more in itertools.product(
+            (False, True), (64, 256), ("none", "key_padding", "bool", "float"), MORE
+        ):
             for limits, shape in ((backend.limits, (2, 40, 4)), (backend.varlen_limits, (40, 4))):
                 shapes = dict.fromkeys(("query", "key", "value"), (*shape, head_dim))
-                assert not limits or reasons(limits, changed(**facts, **shapes, varlen=len(shape) == 2)) is not None
+                call = changed(**facts, **shapes, **more, gradient=gradient, mask=mask, varlen=len(shape) == 2)
+                if limits:
+                    reasons(limits, call)
 
 
 def test_all_reasons_at_once():

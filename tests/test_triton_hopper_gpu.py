@@ -169,8 +169,9 @@ def test_offsets_past_2_to_the_31():
     assert (lse[:, 10:-200] == -math.inf).all()
 
 
-def test_compiled_calls_run_it():
-    inputs = [random(1, 200, 4, 64).requires_grad_() for _ in range(3)]
+@pytest.mark.parametrize("width", [64, 128])
+def test_compiled_calls_run_it(width):
+    inputs = [random(1, 200, 4, width).requires_grad_() for _ in range(3)]
 
     def call(*tensors):
         return compiled_attn.attention(*tensors, backend="triton_hopper")

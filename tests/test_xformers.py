@@ -217,7 +217,7 @@ REFUSED = [
      {**dict.fromkeys(("query", "key", "value"), (6, 4, 200)), "dropout_p": 0.1, "gradient": True,
       "capability": (12, 0), "varlen": True}),
     ("has no deterministic backward", {"gradient": True, "deterministic": True}),
-    ("needs compute capability (8, 0), not (7, 5)", {"capability": (7, 5)}),
+    ("needs compute capability 8.0 or later, not 7.5", {"capability": (7, 5)}),
     ("takes bfloat16/float16/float32, not float64", {"dtypes": (torch.float64,) * 3}),
 ]  # fmt: skip
 
