@@ -443,7 +443,7 @@ class Kernel:
         return lambda *arguments: self.ran.append((grid, arguments, self.packed_metadata))
 
 
-@needs_triton
+@needs_gluon
 def test_a_launch_in_pairs_asks_first_and_for_clusters_of_two(monkeypatch):
     from compiled_attn.ops import _quick_launch
 
