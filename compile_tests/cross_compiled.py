@@ -294,10 +294,11 @@ def main(targets: list[str], widths: list[int], variants: list[str], kinds: list
                     report = examined(kernel, target)
                     report["config"] = str(config)
                     if kind == "hopper":
-                        report["copies"] = copies(kernel.asm["ttgir"])
                         if config.paired:
                             report["copies"] = shared_copies(kernel.asm["ptx"])
                             assert _hopper_launch.check_pairs(config, 128, variant == "listed", kernel.asm["ptx"])
+                        else:
+                            report["copies"] = copies(kernel.asm["ttgir"])
                     found[f"{target} {kind} {head_dim} {variant}"] = report
     json.dump(found, sys.stdout)
     print()

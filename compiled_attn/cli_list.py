@@ -184,8 +184,9 @@ def capabilities() -> list[tuple[str, ...]]:
 
 def _cells(limits: Limits) -> tuple[str, ...]:
     devices = ", ".join(device for device in limits.devices if device != "meta")
-    if capabilities_of(limits):
-        devices += f" {capabilities_of(limits)}"
+    served = capabilities_of(limits)
+    if served:
+        devices += f" {served}"
     also = [
         word
         for word, has in (

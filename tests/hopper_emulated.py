@@ -390,29 +390,36 @@ def meet(warps: int) -> None:
             raise TimeoutError("deadlock")
 
 
-def warp_specialize(functions: list[Any], warps: list[int], registers: list[int]) -> None:
+def at_once(run: Any, calls: list[tuple[Any, ...]], patience: float) -> list[BaseException]:
+    """``run`` with each of ``calls``, each in a thread of its own; what they raised."""
     errors: list[BaseException] = []
+
+    def one(*arguments: Any) -> None:
+        try:
+            run(*arguments)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=one, args=arguments, daemon=True) for arguments in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(patience)
+    return errors
+
+
+def warp_specialize(functions: list[Any], warps: list[int], registers: list[int]) -> None:
     (cluster,) = of_thread("alone")
     number = program()
     cluster.enter(of_thread("allocations"))
 
     def run(function: Any, arguments: Any, asked: int) -> None:
         mine.program, mine.cluster = [number], (cluster, asked)
-        try:
-            function(*arguments)
-            assert not of_thread("pending") and not of_thread("products"), "a warpgroup ended before its work did"
-        except BaseException as error:
-            errors.append(error)
+        function(*arguments)
+        assert not of_thread("pending") and not of_thread("products"), "a warpgroup ended before its work did"
 
-    threads = [
-        threading.Thread(target=run, args=(*one, asked), daemon=True)
-        for one, asked in zip(functions, [4, *warps], strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(2 * PATIENCE)
-    errors += loads.errors
+    calls = [(*one, asked) for one, asked in zip(functions, [4, *warps], strict=True)]
+    errors = at_once(run, calls, 2 * PATIENCE) + loads.errors
     if errors:
         raise errors[0]
     from compiled_attn.ops import _hopper_tiles
@@ -423,22 +430,14 @@ def warp_specialize(functions: list[Any], warps: list[int], registers: list[int]
 
 def run_cluster(kernel: Any, arguments: list[Any], constants: dict[str, Any], programs: list[int]) -> None:
     """``programs`` of ``kernel`` at the same time."""
-    errors: list[BaseException] = []
     cluster = Cluster(len(programs))
     named.clear()
 
     def run(number: int) -> None:
         mine.program, mine.alone = [number], [cluster]
-        try:
-            kernel(*arguments, **constants)
-        except BaseException as error:
-            errors.append(error)
+        kernel(*arguments, **constants)
 
-    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in programs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(3 * PATIENCE)
+    errors = at_once(run, [(number,) for number in programs], 3 * PATIENCE)
     if errors:
         raise errors[0]
 
